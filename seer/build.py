@@ -1,0 +1,228 @@
+"""The only file that turns configuration into parts."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from seer import distributed
+from seer.backbones.initial_values import initialise
+from seer.backbones.regnet import FAMILY, RegNetShape, RegNetY, regnet_shape
+from seer.config import CropConfig, DataConfig, TrainConfig
+from seer.data.crops import CropSpec
+from seer.data.photometric_parameters import PhotometricSpec
+from seer.data.stream import DataStream
+from seer.errors import UserError
+from seer.objectives.outcome import Outcome
+from seer.objectives.swav import SwAV
+from seer.optim.adamw import MaskedAdamW
+from seer.optim.groups import parameter_groups
+from seer.optim.larc import LARC
+from seer.optim.schedules import WarmupCosine
+from seer.shard_index import ShardList
+
+Optimizer = LARC | MaskedAdamW
+
+
+class Unit(NamedTuple):
+    """A part of the learner that is sharded, checkpointed and compiled as one."""
+
+    name: str
+    module: nn.Module
+
+
+class Objective(Protocol):
+    """What a training objective offers the step; ``objectives.swav.SwAV`` is the first."""
+
+    def initialise(self, seed: int) -> None: ...
+    def after_backward(self, step: int) -> None: ...
+    def after_step(self, finite: Tensor, step: int) -> None: ...
+
+
+class Learner(nn.Module):
+    """Backbone and objective as one module: strategies wrap it, checkpoints name its parameters, exports take its backbone."""
+
+    def __init__(self, backbone: RegNetY, objective: SwAV) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.objective = objective
+
+    def forward(self, crops: list[Tensor], assignments: Tensor | None = None) -> Outcome:
+        """Loss and figures of a batch: crops are a list of (crops x N, 3, H, W), one a resolution, large ones first."""
+        return self.objective(self.backbone, crops, assignments)  # type: ignore[no-any-return]
+
+    def features(self, images_NCHW: Tensor) -> Tensor:
+        """Pooled features (N, F) of normalised images (N, 3, H, W), for evaluation."""
+        return self.backbone(images_NCHW)  # type: ignore[no-any-return]
+
+    def units(self) -> list[Unit]:
+        """Stem, each block, head and prototypes, under their plain names."""
+        return [Unit(f"backbone.{name}", module) for name, module in self.backbone.units()] + [
+            Unit(f"objective.{name}", module) for name, module in self.objective.units()
+        ]
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """The training device; `auto` takes a GPU if there is one."""
+    name = config.train.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "train.device=cuda", "torch finds no CUDA device here", "use train.device=cpu or a machine with a GPU"
+        )
+    return torch.device(name)
+
+
+def precision_of(config: TrainConfig) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtype of weights and crops, and the backbone's dtype under autocast (None without autocast)."""
+    if config.train.precision == "fp64":
+        return torch.float64, None
+    return torch.float32, torch.bfloat16 if config.train.precision == "bf16" else None
+
+
+def shape(config: TrainConfig) -> RegNetShape:
+    """The backbone's shape: a row of the family, or what the generating parameters give."""
+    backbone = config.backbone
+    if backbone.name != "custom":
+        return regnet_shape(*FAMILY[backbone.name])
+    parameters = (backbone.depth, backbone.w0, backbone.wa, backbone.wm, backbone.group_width)
+    return regnet_shape(*parameters)  # type: ignore[arg-type]  # config.validate refuses a missing one
+
+
+def backbone(config: TrainConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> RegNetY:
+    """The backbone without initial values (anything may stand in its memory)."""
+    return RegNetY(
+        shape(config),
+        stem_stride=config.backbone.stem_stride,
+        stage_strides=tuple(config.backbone.stage_strides),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def learner(config: TrainConfig, *, device: torch.device) -> Learner:
+    """The learner with its initial values, which depend on the seed and the names of the parameters alone.
+
+    Built on the meta device, given memory, filled with NaN and then initialised by name: a value that nobody sets cannot hide.
+    """
+    dtype, _ = precision_of(config)
+    meta = torch.device("meta")
+    network = backbone(config, device=meta, dtype=dtype)
+    settings = config.objective
+    objective = SwAV(
+        network.feature_dim,
+        prototypes=settings.prototypes,
+        embedding_size=settings.embedding_size,
+        head_hidden_sizes=settings.head_hidden_sizes,
+        head_batchnorm=settings.head_batchnorm,
+        temperature=settings.temperature,
+        epsilon=settings.epsilon,
+        iterations=settings.iterations,
+        assigned_crops=config.data.large.count,
+        freeze_prototypes_steps=settings.freeze_prototypes_steps,
+        queue_images=settings.queue_images,
+        queue_start_steps=settings.queue_start_steps,
+        global_batch_size=config.train.global_batch_size,
+        device=meta,
+        dtype=dtype,
+    )
+    built = Learner(network, objective)
+    if device.type == "meta":
+        return built
+    built.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in [*built.parameters(), *built.buffers()]:
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)
+    initialise(built.backbone, seed=config.seed)
+    built.objective.initialise(config.seed)
+    if channels_last(device):
+        built.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return built
+
+
+def channels_last(device: torch.device) -> bool:
+    """Convolutions run channels-last on a CPU (1.3 times as fast in float32, 1.2 in bfloat16: docs/benchmarks/step.md).
+
+    Not on a GPU: grouped convolutions train up to three times slower that way with some versions of cuDNN.
+    """
+    return device.type == "cpu"
+
+
+def optimizer(config: TrainConfig, network: Learner, learning_rate: float) -> Optimizer:
+    """The optimizer over all parameters of the learner."""
+    settings = config.optimizer
+    groups = parameter_groups(
+        network.named_parameters(), exclude_norms_and_biases=not settings.decay_norms_and_biases
+    )
+    if settings.name == "adamw":
+        return MaskedAdamW(
+            groups,
+            lr=learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+        )
+    return LARC(
+        groups,
+        lr=learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        trust_coefficient=settings.trust_coefficient,
+    )
+
+
+def schedule(config: TrainConfig, peak: float) -> WarmupCosine:
+    """The learning rate of each step."""
+    settings = config.optimizer
+    return WarmupCosine(
+        start=settings.warmup_start_learning_rate,
+        peak=peak,
+        end=peak * settings.end_learning_rate_share,
+        warmup_steps=settings.warmup_steps,
+        total_steps=config.train.steps,
+        style=settings.schedule,
+    )
+
+
+def photometric_spec(data: DataConfig) -> PhotometricSpec:
+    """Colour and blur as plain numbers."""
+    p = data.photometric
+    return PhotometricSpec(
+        jitter_probability=p.jitter_probability,
+        brightness=p.brightness,
+        contrast=p.contrast,
+        saturation=p.saturation,
+        hue=p.hue,
+        grayscale_probability=p.grayscale_probability,
+        blur_probability=p.blur_probability,
+        blur_min_sigma=p.blur_min_sigma,
+        blur_max_sigma=p.blur_max_sigma,
+    )
+
+
+def crop_specs(data: DataConfig) -> list[CropSpec]:
+    """One entry a resolution, the large one first."""
+
+    def spec(crop: CropConfig) -> CropSpec:
+        return CropSpec(count=crop.count, size=crop.size, min_area=crop.min_area, max_area=crop.max_area)
+
+    return [spec(data.large)] + ([spec(data.small)] if data.small.count else [])
+
+
+def stream(config: TrainConfig, *, workers: int) -> DataStream:
+    """The stream of batches over the configured shards."""
+    return DataStream(
+        ShardList.open(config.data.shards, config.data.index_dir),
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        crops=crop_specs(config.data),
+        flip_probability=config.data.flip_probability,
+        photometric=photometric_spec(config.data),
+        workers=workers,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )

@@ -1,0 +1,81 @@
+"""What evaluation and export read from a run on disk, living or ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from seer import build
+from seer.backbones.initial_values import initialise
+from seer.backbones.regnet import RegNetY
+from seer.checkpoint.store import CheckpointStore
+from seer.compose import thaw
+from seer.config import TrainConfig
+from seer.errors import UserError
+from seer.run_directory import RunDirectory, checkpoints_of, read_result, read_run
+from seer.run_lock import RunLock
+
+_PREFIX = "model/backbone."
+
+
+class SavedRun(NamedTuple):
+    """A run's configuration, and its backbone on the CPU as the newest checkpoint has it, in evaluation mode."""
+
+    config: TrainConfig
+    backbone: RegNetY
+    step: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute: this machine's GPU if it has one, wherever the run was trained."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def backbone_dtype(self) -> torch.dtype:
+        """float32, or float64 for a run of that precision."""
+        return build.precision_of(self.config)[0]
+
+
+def load_run(run_dir: str) -> SavedRun:
+    """Reads a run without taking its lock.
+
+    Raises:
+        UserError: the folder is no run, or the run was not saved yet.
+    """
+    config = thaw(read_run(run_dir))
+    checkpoint = CheckpointStore(checkpoints_of(run_dir)).newest()
+    if checkpoint is None:
+        raise UserError(
+            f"{run_dir} holds no checkpoint yet",
+            f"a run is saved every {config.checkpoint.every_steps} steps and at its end",
+            "wait for the first one",
+        )
+    backbone = build.backbone(config, device=torch.device("cpu"), dtype=build.precision_of(config)[0])
+    tensors = checkpoint.tensors()
+    backbone.load_state_dict(
+        {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
+    )
+    return SavedRun(config, backbone.eval(), checkpoint.step)
+
+
+def untrained_backbone(config: TrainConfig) -> RegNetY:
+    """The run's backbone as initial values leave it, on the CPU, in evaluation mode."""
+    backbone = build.backbone(config, device=torch.device("cpu"), dtype=build.precision_of(config)[0])
+    initialise(backbone, seed=config.seed)
+    return backbone.eval()
+
+
+def note_scores(run_dir: str, scores: Mapping[str, float]) -> None:
+    """Adds scores to the result of a run that has ended; a living one has no result yet.
+
+    Raises:
+        UserError: the run has ended once and is living again.
+    """
+    if read_result(run_dir) is None:
+        return
+    folder = Path(run_dir).expanduser()
+    with RunDirectory(folder, read_run(run_dir), RunLock.take(folder / "run.lock")) as run:
+        run.update_result(scores)

@@ -1,0 +1,88 @@
+"""`seer train`: composes the configuration, checks it, and runs it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import textwrap
+import typing
+from pathlib import Path
+
+import yaml
+
+from seer import config as schema
+from seer.compose import compose, flat, groups, key_types
+from seer.config import TrainConfig, freeze, validate
+
+HELP = """\
+Examples:
+  seer train experiment=small data.shards='SHARDS_DIR/*.tar' run_dir=RUN
+  seer train experiment=small data.shards='SHARDS_DIR/train-{000..127}.tar' run_dir=RUN train.steps=20000 backbone=1.6gf
+  seer train experiment=demo --print-config
+
+Trains until train.steps; the same command goes on where the run stands, and prints the result of one that is finished.
+What follows is KEY=VALUE. Patterns stand in quotes, so that the shell leaves them alone; a list is '[a,b]'.
+--print-config shows the composed configuration and trains nothing.
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Exit code of `seer train ARGV`: 0 finished, 75 stopped and can go on."""
+    if "-h" in argv or "--help" in argv:
+        print(help_text(), end="")
+        return 0
+    config = compose([word for word in argv if word != "--print-config"])
+    validate(config)
+    if "--print-config" in argv:
+        print(yaml.safe_dump(freeze(config), sort_keys=False, allow_unicode=True, width=120), end="")
+        return 0
+    from seer.training import loop  # imports torch, and so comes after everything that can be refused without it
+
+    return loop.run(config).exit_code
+
+
+def help_text() -> str:
+    """Examples, experiments, the choices of each group, and every key with its default."""
+    choices = groups()
+    experiments = "".join(f"  {name:12}{line}\n" for name, line in choices["experiment"].items())
+    others = "".join(
+        textwrap.fill(" ".join(files), 118, initial_indent=f"  {group + '=':12}", subsequent_indent=" " * 14) + "\n"
+        for group, files in choices.items()
+        if group != "experiment"
+    )
+    defaults = flat(freeze(TrainConfig()))
+    keys = "".join(_entry(key, defaults[key], doc) for key, doc in documentation().items())
+    return (
+        f"{HELP}\nExperiments (experiment=NAME):\n{experiments}\nChoices:\n{others}\nKeys and their defaults:\n{keys}"
+    )
+
+
+def documentation() -> dict[str, str]:
+    """Every dotted key with the docstring that stands below its field in config.py."""
+    docs: dict[tuple[str, str], str] = {}
+    for section in ast.parse(Path(schema.__file__).read_text()).body:
+        if isinstance(section, ast.ClassDef):
+            for line, below in zip(section.body, section.body[1:], strict=False):
+                if (
+                    isinstance(line, ast.AnnAssign)
+                    and isinstance(line.target, ast.Name)
+                    and isinstance(below, ast.Expr)
+                ):
+                    docs[section.name, line.target.id] = str(ast.literal_eval(below.value))
+    return {key: docs[_owner(key)] for key in key_types()}
+
+
+def _owner(key: str) -> tuple[str, str]:
+    """The dataclass and the field of a dotted key."""
+    *sections, name = key.split(".")
+    owner: type = TrainConfig
+    for section in sections:
+        owner = typing.get_type_hints(owner)[section]
+        assert dataclasses.is_dataclass(owner)
+    return owner.__name__, name
+
+
+def _entry(key: str, default: object, doc: str) -> str:
+    shown = "..." if default == schema.MISSING else json.dumps(default, separators=(",", ":")).replace('"', "")
+    return textwrap.fill(doc, 118, initial_indent=f"{f'  {key}={shown}':46}", subsequent_indent=" " * 46) + "\n"

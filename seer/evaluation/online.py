@@ -1,0 +1,111 @@
+"""kNN while a run goes on: labels are looked at here and never reach training."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+
+import torch
+
+from seer.errors import UserError
+from seer.evaluation.features import Forward, LabelledCrops, LabelledFeatures, described, features_of, labelled_crops
+from seer.evaluation.knn import knn_top1
+from seer.shard_index import ShardList
+
+_KEEP_BYTES = 512 * 2**20
+
+
+class OnlineEvaluation:
+    """Scores a network every so many steps on the same labelled images.
+
+    The crops are kept in memory after the first time if they take less than 512 MiB, so that later evaluations cost the
+    forward passes alone.
+
+    Args:
+        bank: labelled shards in which neighbours are looked for.
+        queries: labelled shards whose classes are predicted.
+        every_steps: steps between two evaluations; 0 is none.
+        image_size: side of the evaluation crops, pixels.
+        k, temperature: of the vote, as in ``evaluation.knn``.
+        max_bank_images, max_query_images: at most so many images, spread evenly; None takes all.
+        batch_size: images a forward pass.
+        dtype: of the network's computation, as in ``features_of``.
+        threads: that decode; default: the cores of this process, at most 8.
+    """
+
+    def __init__(
+        self,
+        bank: ShardList,
+        queries: ShardList,
+        *,
+        every_steps: int,
+        image_size: int,
+        k: int = 20,
+        temperature: float = 0.07,
+        max_bank_images: int | None = None,
+        max_query_images: int | None = None,
+        batch_size: int = 256,
+        dtype: torch.dtype = torch.float32,
+        threads: int | None = None,
+    ) -> None:
+        if every_steps < 0:
+            raise UserError(f"evaluation.every_steps={every_steps}", "it counts steps", "use 0 for none, or more")
+        self._every_steps = every_steps
+        self._image_size = image_size
+        self._k = k
+        self._temperature = temperature
+        self._batch_size = batch_size
+        self._dtype = dtype
+        self._threads = threads
+        self._sets = {"bank": (bank, max_bank_images), "queries": (queries, max_query_images)}
+        self._kept: dict[str, list[LabelledCrops]] = {}
+        self._told: set[str] = set()
+
+    def due(self, step: int, total_steps: int | None = None) -> bool:
+        """Whether this step is evaluated: every so many steps, and the last one (where `total_steps` is given)."""
+        return bool(self._every_steps) and step > 0 and (step % self._every_steps == 0 or step == total_steps)
+
+    def score(self, forward: Forward, device: torch.device | str = "cpu") -> dict[str, float]:
+        """kNN of the features that `forward` makes of normalised images (n, 3, size, size), in evaluation mode.
+
+        Returns:
+            ``knn_top1``, the share of queries whose class is predicted, in [0, 1]; ``evaluation_seconds``.
+
+        Raises:
+            UserError: images without labels, or none that can be decoded.
+        """
+        began = time.perf_counter()
+        bank, queries = (self._features(name, forward, device) for name in self._sets)
+        top1 = knn_top1(
+            bank.features.to(device),
+            bank.labels.to(device),
+            queries.features.to(device),
+            queries.labels.to(device),
+            k=self._k,
+            temperature=self._temperature,
+        )
+        return {"knn_top1": top1, "evaluation_seconds": round(time.perf_counter() - began, 3)}
+
+    def _features(self, name: str, forward: Forward, device: torch.device | str) -> LabelledFeatures:
+        shards, max_images = self._sets[name]
+        batches: Iterable[LabelledCrops] | None = self._kept.get(name)
+        if batches is None:
+            batches = labelled_crops(
+                shards,
+                image_size=self._image_size,
+                batch_size=self._batch_size,
+                max_images=max_images,
+                threads=self._threads,
+            )
+            if self._bytes() <= _KEEP_BYTES:
+                batches = self._kept[name] = list(batches)
+        features = features_of(forward, batches, device=device, dtype=self._dtype)
+        if features.bad and name not in self._told:
+            print(f"seer: evaluation, {name}: left out {described(features.bad)}", file=sys.stderr)
+            self._told.add(name)
+        return features
+
+    def _bytes(self) -> int:
+        images = sum(min(shards.samples, limit or shards.samples) for shards, limit in self._sets.values())
+        return images * self._image_size**2 * 3

@@ -1,0 +1,55 @@
+"""Files that survive a crash: whole or not there at all, and on the disk before anything points to them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from seer.errors import UserError
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable; a rename is only on the disk after this."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(file: Path) -> None:
+    """Make a file's bytes durable."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Write a whole file or nothing: a temporary name in the same folder, fsync, rename, fsync of the folder.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; the former file stands unchanged then.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(file.parent)
+
+
+def cannot_write(place: Path, error: OSError) -> UserError:
+    """The operating system's refusal to write, for the user: disk full, no permission, a file in the way."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "free some space and give the same command again"
+    else:
+        remedy = "choose a place that can be written, or change its permissions"
+    return UserError(f"{place} cannot be written ({reason})", "what a run produces is stored there", remedy)

@@ -1,0 +1,308 @@
+"""A run on disk: the names of its files, its frozen configuration, and the lock that keeps a second writer out.
+
+Everything that a run needs to go on lies in its folder; deleting the folder deletes the run. Only this module knows the
+names in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from seer.errors import UserError
+from seer.files import cannot_write, write_atomically
+from seer.run_lock import RunLock
+
+_CONFIG = "config.yaml"
+_HEAD = """\
+# Written by seer; the run goes on from these values. `config` is what was composed, `hash` its SHA-256,
+# `resolved` what was derived from it and why, `data` what the batches were made of.
+"""
+
+# A run goes on only as the run that it was: these keys must stay (all others may change). A group stands for its keys.
+_IDENTITY = (
+    "seed",
+    "data",
+    "backbone",
+    "objective",
+    "optimizer",
+    "train.steps",
+    "train.global_batch_size",
+    "train.precision",
+    "train.init_from",
+    "parallel.sync_batchnorm",
+)
+_FREE = ("data.workers", "data.index_dir")
+_ABSENT = "(not given)"
+
+
+class RunDirectory:
+    """A run's folder, held by this process until ``close``; made by ``RunDirectory.open``.
+
+    Attributes:
+        folder: the folder, absolute.
+        config: the configuration as frozen in ``config.yaml``.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], lock: RunLock) -> None:
+        self.folder = folder
+        self.config = config
+        self._lock = lock
+
+    @classmethod
+    def open(
+        cls,
+        run_dir: str | Path,
+        config: Mapping[str, Any],
+        *,
+        resolved: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> RunDirectory:
+        """Create the run's folder or go on in it, and lock it.
+
+        Args:
+            run_dir: the folder; its parents are made as needed.
+            config: the composed configuration, plain dictionaries, lists, strings and numbers.
+            resolved: what was derived from it: key -> something with ``value`` and ``reason``.
+            data: what the batches are made of (``DataStream.identity()``). Where the run recorded it too, it must
+                agree, and ``data.shards`` may then be spelt differently: a moved folder holds the same data.
+
+        Raises:
+            UserError: the folder cannot be written, is in use, or holds a run of another configuration; nothing that
+                was made here stays then.
+        """
+        folder = Path(os.path.abspath(os.path.expanduser(run_dir)))
+        made = _make(folder)
+        try:
+            lock = RunLock.take(folder / "run.lock")
+        except BaseException:
+            _unmake(made)
+            raise
+        try:
+            frozen = _freeze(config, resolved, data)
+            _agree_or_raise(folder, _load(folder), frozen)
+            _write(folder / _CONFIG, _HEAD + yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True, width=120))
+        except BaseException:
+            lock.release()
+            _unmake(made)
+            raise
+        return cls(folder, frozen["config"], lock)
+
+    @property
+    def metrics(self) -> Path:
+        """JSON lines, one a log step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """JSON lines, one an evaluation."""
+        return self.folder / "evaluations.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.folder / "tensorboard"
+
+    @property
+    def exports(self) -> Path:
+        """Folder of the weights that others load."""
+        return self.folder / "exports"
+
+    @property
+    def result(self) -> Path:
+        """How the run ended, JSON."""
+        return self.folder / "result.json"
+
+    def quarantine(self, rank: int = 0) -> Path:
+        """JSON lines of the samples that could not be used, one file a rank."""
+        return self.folder / "quarantine" / f"rank-{rank}.jsonl"
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write ``result.json`` as a whole."""
+        _write(self.result, json.dumps(dict(result), indent=2, allow_nan=False) + "\n")
+
+    def update_result(self, changes: Mapping[str, Any]) -> None:
+        """Set some keys of ``result.json`` and keep the others."""
+        self.write_result((read_result(self.folder) or {}) | dict(changes))
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of a run that reached its last step, else None."""
+        result = read_result(self.folder)
+        return result if result is not None and result.get("state") == "finished" else None
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_run(run_dir: str | Path) -> dict[str, Any]:
+    """The frozen configuration of a run, without taking its lock (evaluation and export look at living runs too).
+
+    Raises:
+        UserError: there is no such folder, or it holds no run.
+    """
+    folder = Path(run_dir).expanduser()
+    remedy = "give the run_dir of a `seer train` command"
+    if not folder.is_dir():
+        what = f"{folder} is a file" if folder.exists() else f"{folder} does not exist"
+        raise UserError(what, "a run is a folder", remedy)
+    found = _load(folder)
+    if found is None:
+        raise UserError(f"{folder} is no run", f"a run's folder holds {_CONFIG}", remedy)
+    config: dict[str, Any] = found["config"]
+    return config
+
+
+def checkpoints_of(run_dir: str | Path) -> Path:
+    """The folder of a run's checkpoints, for those who read a run without opening it."""
+    return Path(run_dir).expanduser() / "checkpoints"
+
+
+def read_result(run_dir: str | Path) -> dict[str, Any] | None:
+    """What ``result.json`` says, None where the run has not ended yet."""
+    file = Path(run_dir).expanduser() / "result.json"
+    try:
+        result = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        result = None
+    if not isinstance(result, dict):
+        raise UserError(f"{file} cannot be read", "it is the JSON object with a run's result", "delete that file")
+    return result
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make a folder and its parents; returns those that were made, the innermost first."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permission bits do not tell the truth about read-only mounts; a file does.
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        _unmake(missing)
+        raise cannot_write(folder, error) from None
+    return missing
+
+
+def _unmake(made: list[Path]) -> None:
+    for place in made:
+        try:
+            place.rmdir()
+        except FileNotFoundError:
+            continue  # it was not reached
+        except OSError:
+            return
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        write_atomically(file, text.encode())
+    except OSError as error:
+        raise cannot_write(file, error) from None
+
+
+def _freeze(
+    config: Mapping[str, Any], resolved: Mapping[str, Any] | None, data: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    plain = _without_secrets(config)
+    canonical = json.dumps(plain, sort_keys=True).encode()
+    frozen: dict[str, Any] = {"hash": hashlib.sha256(canonical).hexdigest(), "config": plain}
+    if resolved:
+        frozen["resolved"] = {key: {"value": at.value, "reason": at.reason} for key, at in resolved.items()}
+    if data:
+        # Through JSON, so that tuples and lists compare alike after reading.
+        frozen["data"] = json.loads(json.dumps(dict(data)))
+    return frozen
+
+
+def _without_secrets(value: Any) -> Any:
+    """The same without the queries of URLs: those of signed ones are passwords."""
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(inner) for inner in value]
+    if isinstance(value, str) and "://" in value and "?" in value:
+        return value.split("?", 1)[0] + "?(redacted)"
+    return value
+
+
+def _load(folder: Path) -> dict[str, Any] | None:
+    """What config.yaml holds, None where there is none."""
+    file = folder / _CONFIG
+    remedy = "delete the folder to start anew, or name another run_dir"
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})", "it is a run's configuration", remedy) from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+        raise UserError(f"{file} is no configuration of a run", "it is written by seer and not edited", remedy)
+    return found
+
+
+def _agree_or_raise(folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    if before is None:
+        return
+    old = dict(_flat(before["config"])) | {f"data: {key}": at for key, at in before.get("data", {}).items()}
+    new = dict(_flat(now["config"])) | {f"data: {key}": at for key, at in now.get("data", {}).items()}
+    known = bool(before.get("data")) and bool(now.get("data"))
+    differing = [
+        f"{key}: {_short(old.get(key, _ABSENT))} -> {_short(new.get(key, _ABSENT))}"
+        for key in dict.fromkeys([*old, *new])
+        if _binds(key, data_known=known) and old.get(key, _ABSENT) != new.get(key, _ABSENT)
+    ]
+    if differing:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise UserError(
+            f"{folder} holds a run of another configuration ({', '.join(differing[:5])}{more})",
+            "a run goes on with the values it began with",
+            "use those, name another run_dir, or delete the folder",
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _binds(key: str, *, data_known: bool) -> bool:
+    """Whether a key must be the same when a run goes on."""
+    if key.startswith("data: "):
+        return data_known
+    if key in _FREE or (key == "data.shards" and data_known):
+        return False
+    return any(key == bound or key.startswith(bound + ".") for bound in _IDENTITY)
+
+
+def _flat(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value

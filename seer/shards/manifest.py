@@ -1,0 +1,59 @@
+"""manifest.json: the list of a folder's shards, for people and tools; training reads the indexes alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from seer.errors import UserError
+from seer.files import write_atomically
+from seer.shard_index import ShardIndex
+
+NAME = "manifest.json"
+FORMAT = "seer-shards-1"
+
+
+class Entry(TypedDict):
+    """One shard: file name, images, bytes of the tar, blake2b of the tar (32 hexadecimal characters)."""
+
+    name: str
+    samples: int
+    bytes: int
+    digest: str
+
+
+def entry(index: ShardIndex, name: str) -> Entry:
+    """The manifest's line of an indexed shard."""
+    return {"name": name, "samples": len(index), "bytes": index.tar_size, "digest": index.digest}
+
+
+def write(folder: Path, shards: Sequence[Entry], **more: Any) -> None:
+    """Writes FOLDER/manifest.json atomically, shards sorted by name; the same input gives the same bytes."""
+    ordered = sorted(shards, key=lambda shard: shard["name"])
+    content = {"format": FORMAT, "samples": sum(shard["samples"] for shard in shards), **more, "shards": ordered}
+    write_atomically(folder / NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """FOLDER/manifest.json, or None where there is none or where it is somebody else's."""
+    try:
+        content = json.loads((folder / NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+
+
+def class_names(folder: Path) -> list[str]:
+    """The class names of a folder of shards that was packed with labels: the label is the place in the list.
+
+    Raises:
+        UserError: there is no manifest with classes.
+    """
+    content = read(folder)
+    names = content.get("classes") if content else None
+    if not names:
+        remedy = "name a folder that was written by: seer shards pack --labels folders"
+        raise UserError(f"{folder} tells no class names", f"they stand in its {NAME}", remedy)
+    return [str(name) for name in names]

@@ -1,0 +1,87 @@
+"""Reads shards whole and says which of them are not what was indexed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from seer.errors import UserError
+from seer.shard_index import expand_shards, index_path, load_index
+from seer.shards import manifest
+from seer.shards.index import index_tar
+from seer.shards.processes import Progress, each, silent
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A tar that is not what it should be, and in which way."""
+
+    tar: Path
+    problem: str
+
+
+def verify(
+    patterns: Sequence[str], index_dir: Path | None = None, *, workers: int = 1, progress: Progress = silent
+) -> tuple[list[Finding], int]:
+    """Compares every byte of the tars with what was indexed, and the folder's list with what is there.
+
+    Args:
+        patterns: see `seer.shard_index.expand_shards`.
+        index_dir: where the indexes are; None: beside the tars.
+        workers: processes.
+        progress: called with bytes done and bytes in all.
+
+    Returns:
+        The findings, sorted by tar, and the number of tars that were read.
+
+    Raises:
+        UserError: nothing matches.
+    """
+    tars = expand_shards(patterns)
+    done, total = 0, sum(tar.stat().st_size for tar in tars)
+    findings = []
+    for (tar, _), problem in each(_problem, [(tar, index_dir) for tar in tars], workers):
+        if problem is not None:
+            findings.append(Finding(tar, problem))
+        done += tar.stat().st_size
+        progress(done, total)
+    findings += _missing(tars, index_dir)
+    return sorted(findings, key=lambda finding: str(finding.tar)), len(tars)
+
+
+def _problem(job: tuple[Path, Path | None]) -> str | None:
+    tar, index_dir = job
+    problem = None
+    try:
+        known = load_index(tar, index_dir)
+    except UserError as error:
+        # Where the tar itself is damaged its own message says more.
+        problem, known = str(error), None
+    try:
+        seen, _ = index_tar(tar)
+    except UserError as error:
+        return str(error)
+    if known is None:
+        return problem
+    if seen.digest != known.digest:
+        return f"{tar} is altered: its headers are sound but not all bytes are those that were indexed; copy it again"
+    same = all(
+        np.array_equal(ours, theirs)
+        for ours, theirs in ((seen.offsets, known.offsets), (seen.sizes, known.sizes), (seen.labels, known.labels))
+    )
+    return None if same else f"{index_path(tar, index_dir)} does not fit its tar; run: seer shards index '{tar}'"
+
+
+def _missing(tars: Sequence[Path], index_dir: Path | None) -> list[Finding]:
+    """Shards that a folder's manifest lists but that are not there (only folders of the tars that were named)."""
+    findings = []
+    if index_dir is None:
+        for folder in {tar.parent for tar in tars}:
+            for shard in (manifest.read(folder) or {}).get("shards", []):
+                tar = folder / shard["name"]
+                if not tar.exists():
+                    findings.append(Finding(tar, f"{tar} is missing: {folder / manifest.NAME} lists it; bring it back"))
+    return findings

@@ -1,0 +1,186 @@
+"""The run: whoever reads only this file knows what the system does."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seer import build
+from seer.backbones.regnet import RegNetY
+from seer.checkpoint.store import CheckpointStore
+from seer.config import TrainConfig, freeze, resolve, validate
+from seer.errors import UserError
+from seer.evaluation.online import OnlineEvaluation
+from seer.handoff.timm_format import Exported, export_timm, load_exported
+from seer.observe.watch import Watch
+from seer.parallel.running_statistics import RunningStatistics
+from seer.run_directory import RunDirectory
+from seer.shard_index import ShardList
+from seer.training.state import TrainState, load_state, state_tensors
+from seer.training.step import StepSettings, float_crops, set_learning_rate, train_step
+from seer.training.stop import EXIT_STOPPED, StopRequest
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: ``result`` is what stands in RUN/result.json."""
+
+    exit_code: int
+    result: dict[str, Any]
+
+
+def run(config: TrainConfig) -> Result:
+    """Train from wherever the run directory stands to ``train.steps``, or until a signal asks to stop.
+
+    Raises:
+        UserError: what the configuration or the data make impossible, before anything is written where possible.
+    """
+    validate(config)
+    resolved = resolve(config)
+    device = build.device_of(config)
+    torch.set_num_threads(resolved["train.threads"].value)
+    stream = build.stream(config, workers=resolved["data.workers"].value)
+    evaluation = _evaluation(config)
+    schedule = build.schedule(config, resolved["optimizer.learning_rate"].value)
+    init_from = load_exported(Path(config.train.init_from)) if config.train.init_from else None
+
+    with RunDirectory.open(config.run_dir, freeze(config), resolved=resolved, data=stream.identity()) as run:
+        finished = run.finished()
+        if finished is not None:
+            stream.close()
+            print(f"{run.folder} is finished: {finished['steps']} steps; delete it or name another run_dir to train anew")
+            return Result(0, finished)
+        state = _start(config, device, resolved["optimizer.learning_rate"].value)
+        if init_from is not None:
+            _begin_from(state.learner.backbone, init_from, config.train.init_from)
+        checkpoints = CheckpointStore(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every_steps)
+        newest = checkpoints.newest()
+        if newest is not None:
+            load_state(state, newest)
+        settings = _settings(config, device)
+        watch = Watch(
+            run,
+            start_step=state.step,
+            total_steps=config.train.steps,
+            chance=state.learner.objective.chance,
+            log_every_steps=config.train.log_every_steps,
+            global_batch_size=config.train.global_batch_size,
+            batches_per_epoch=stream.batches_per_epoch,
+            bad_samples=state.bad_samples,
+        )
+        stop = StopRequest()
+        batches = stream.batches(state.batch_index)
+        try:
+            while state.step < config.train.steps and not stop.agreed():
+                learning_rate = schedule.at(state.step)
+                set_learning_rate(state.optimizer, learning_rate)
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - asked
+                outcome = train_step(state, float_crops(batch, settings), settings)
+                state.bad_samples += len(batch.bad)
+                evaluating = evaluation is not None and evaluation.due(state.step, config.train.steps)
+                watch.record(
+                    state.step,
+                    outcome.figures,
+                    learning_rate,
+                    waited,
+                    batch.bad,
+                    state.skipped_steps,
+                    evaluation_follows=evaluating,
+                )
+                if evaluation is not None and evaluating:
+                    watch.record_evaluation(state.step, evaluation.score(state.learner.features, device))
+                if state.step % config.checkpoint.every_steps == 0:
+                    _save(checkpoints, state)
+            if newest is None or newest.step != state.step:
+                _save(checkpoints, state)
+        finally:
+            stop.close()
+            stream.close()
+            watch.close()
+        return _close(config, run, state, watch)
+
+
+def _start(config: TrainConfig, device: torch.device, learning_rate: float) -> TrainState:
+    learner = build.learner(config, device=device)
+    return TrainState(
+        learner=learner,
+        statistics=RunningStatistics(learner),
+        optimizer=build.optimizer(config, learner, learning_rate),
+        skipped_steps=torch.zeros((), dtype=torch.int64, device=device),
+    )
+
+
+def _begin_from(backbone: RegNetY, weights: Exported, file: str | None) -> None:
+    if weights.architecture != backbone.architecture():
+        raise UserError(
+            f"train.init_from={file} holds another architecture ({weights.architecture})",
+            f"weights fit the network that they were trained in, and this run's is {backbone.architecture()}",
+            "set backbone.name (and strides) to the file's, or leave train.init_from out",
+        )
+    backbone.load_state_dict(weights.tensors, strict=True)
+
+
+def _settings(config: TrainConfig, device: torch.device) -> StepSettings:
+    dtype, autocast = build.precision_of(config)
+    return StepSettings(
+        device=device,
+        dtype=dtype,
+        autocast=autocast,
+        channels_last=build.channels_last(device),
+        photometric=build.photometric_spec(config.data),
+        average_statistics=not config.parallel.sync_batchnorm,
+    )
+
+
+def _evaluation(config: TrainConfig) -> OnlineEvaluation | None:
+    settings = config.evaluation
+    if not settings.every_steps:
+        return None
+    return OnlineEvaluation(
+        ShardList.open(settings.train),
+        ShardList.open(settings.val),
+        every_steps=settings.every_steps,
+        image_size=config.data.large.size,
+        max_bank_images=settings.max_train_images,
+        max_query_images=settings.max_val_images,
+        k=settings.k,
+        temperature=settings.temperature,
+    )
+
+
+def _save(checkpoints: CheckpointStore, state: TrainState) -> None:
+    position = {"step": state.step, "batch_index": state.batch_index, "bad_samples": state.bad_samples}
+    checkpoints.save(state.step, state_tensors(state), position)
+
+
+def _close(config: TrainConfig, run: RunDirectory, state: TrainState, watch: Watch) -> Result:
+    finished = state.step >= config.train.steps
+    result: dict[str, Any] = {
+        "state": "finished" if finished else "stopped",
+        "steps": state.step,
+        "seconds": watch.seconds,
+        "loss": watch.last_loss,
+        "chance": state.learner.objective.chance,
+        "skipped_steps": int(state.skipped_steps),
+        "bad_samples": state.bad_samples,
+        "exports": [],
+    }
+    if watch.last_evaluation is not None:
+        result |= watch.last_evaluation
+    if finished:
+        run.exports.mkdir(exist_ok=True)
+        weights = export_timm(
+            state.learner.backbone,
+            run.exports / "regnety.safetensors",
+            image_size=config.data.large.size,
+            step=state.step,
+        )
+        result["exports"] = [str(weights.resolve())]
+    run.write_result(result)
+    return Result(0 if finished else EXIT_STOPPED, result)

@@ -1,0 +1,341 @@
+"""The stream is a pure function of its identity: workers, ranks and the starting batch change nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seer.data.crops import CropSpec, evaluation_crop
+from seer.data.decode import decode
+from seer.data.photometric_parameters import COLUMNS, PhotometricSpec
+from seer.data.sources import ShardReader, read_sample
+from seer.data.stream import BadSample, Batch, DataStream
+from seer.errors import UserError
+from seer.shard_index import ShardIndex, ShardList
+
+SPECS = [CropSpec(2, 24, 0.3, 1.0), CropSpec(3, 16, 0.1, 0.4)]
+BROKEN = {(0, 3): "not_an_image", (1, 0): "truncated", (1, 1): "truncated", (2, 4): "not_an_image"}
+
+
+def picture(number: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (20 + number % 7, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, images: list[bytes]) -> ShardIndex:
+    offsets = []
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, data in enumerate(images):
+            member = tarfile.TarInfo(f"{number:06d}.png")
+            member.size = len(data)
+            offsets.append(tar.offset + tarfile.BLOCKSIZE)
+            tar.addfile(member, io.BytesIO(data))
+    data = path.read_bytes()
+    return ShardIndex(
+        path,
+        np.array(offsets, np.uint64),
+        np.array([len(image) for image in images], np.uint32),
+        np.full(len(images), -1, np.int32),
+        len(data),
+        hashlib.blake2b(data, digest_size=16).hexdigest(),
+    )
+
+
+def write_shards(
+    folder: Path, counts: tuple[int, ...] = (7, 5, 0, 9), broken: dict[tuple[int, int], str] | None = None
+) -> ShardList:
+    shards = []
+    for number, count in enumerate(counts):
+        images = [picture(100 * number + sample) for sample in range(count)]
+        for (shard, sample), reason in (broken or {}).items():
+            if shard == number and sample < count:
+                images[sample] = b"<html>" if reason == "not_an_image" else images[sample][: len(images[sample]) // 2]
+        shards.append(write_shard(folder / f"train-{number:03d}.tar", images))
+    return ShardList(shards)
+
+
+def open_stream(shards: ShardList, *, workers: int = 0, batch: int = 6, **options: int) -> DataStream:
+    return DataStream(
+        shards,
+        seed=options.pop("seed", 11),
+        global_batch_size=batch,
+        crops=SPECS,
+        flip_probability=0.5,
+        photometric=PhotometricSpec(),
+        workers=workers,
+        **options,
+    )
+
+
+def take(stream: DataStream, start: int, count: int) -> list[Batch]:
+    batches = list(itertools.islice(stream.batches(start), count))
+    stream.close()
+    return batches
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return (
+        all(torch.equal(a, b) for a, b in zip(one.crops, other.crops, strict=True))
+        and all(torch.equal(a, b) for a, b in zip(one.photometric, other.photometric, strict=True))
+        and one.bad == other.bad
+        and one.batch_index == other.batch_index
+    )
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> ShardList:
+    return write_shards(tmp_path)
+
+
+def test_shapes_and_types(shards: ShardList) -> None:
+    (batch,) = take(open_stream(shards), 5, 1)
+    assert batch.batch_index == 5 and batch.bad == []
+    assert [tuple(crops.shape) for crops in batch.crops] == [(12, 24, 24, 3), (18, 16, 16, 3)]
+    assert [tuple(rows.shape) for rows in batch.photometric] == [(12, COLUMNS), (18, COLUMNS)]
+    assert {crops.dtype for crops in batch.crops} == {torch.uint8}
+    assert {rows.dtype for rows in batch.photometric} == {torch.float32}
+
+
+def test_workers_change_nothing_and_no_global_randomness_is_drawn(tmp_path: Path, no_global_randomness: None) -> None:
+    shards = write_shards(tmp_path, broken=BROKEN)
+    inline = take(open_stream(shards), 2, 7)
+    assert [batch.batch_index for batch in inline] == list(range(2, 9))
+    assert any(batch.bad for batch in inline)
+    for workers in (1, 2):
+        others = take(open_stream(shards, workers=workers), 2, 7)
+        assert all(same(one, other) for one, other in zip(inline, others, strict=True))
+
+
+def test_ranks_take_slices_of_the_global_batch(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, broken=BROKEN)
+    whole = take(open_stream(shards), 1, 4)
+    parts = [take(open_stream(shards, rank=rank, world_size=2), 1, 4) for rank in range(2)]
+    for number, batch in enumerate(whole):
+        for resolution, spec in enumerate(SPECS):
+            for field in ("crops", "photometric"):
+                pieces = [getattr(part[number], field)[resolution] for part in parts]
+                pieces = [piece.reshape(spec.count, 3, *piece.shape[1:]) for piece in pieces]
+                joined = torch.cat(pieces, dim=1).flatten(0, 1)
+                assert torch.equal(joined, getattr(batch, field)[resolution])
+        assert sorted(map(str, batch.bad)) == sorted(str(bad) for part in parts for bad in part[number].bad)
+
+
+def test_any_batch_can_be_the_first(shards: ShardList) -> None:
+    whole = take(open_stream(shards), 0, 9)  # three epochs of three batches
+    for start in (1, 3, 8):
+        (batch,) = take(open_stream(shards), start, 1)
+        assert same(batch, whole[start])
+    assert not torch.equal(whole[0].crops[0], whole[3].crops[0])
+
+
+def test_seed_changes_order_crops_and_colours(shards: ShardList) -> None:
+    (one,), (other,) = take(open_stream(shards), 0, 1), take(open_stream(shards, seed=12), 0, 1)
+    assert not torch.equal(one.crops[0], other.crops[0]) and not torch.equal(one.photometric[0], other.photometric[0])
+
+
+def test_crops_show_the_sample_that_the_order_names(tmp_path: Path) -> None:
+    # Images of one colour each: whatever is cut out, the colour tells which image it was.
+    images = []
+    for level in range(12):
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 30), (level * 20, 255 - level * 20, level)).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    shards = ShardList([write_shard(tmp_path / "a.tar", images[:5]), write_shard(tmp_path / "b.tar", images[5:])])
+    (batch,) = take(open_stream(shards, batch=12), 0, 1)
+    for crops, spec in zip(batch.crops, SPECS, strict=True):
+        blue = crops.reshape(spec.count, 12, -1, 3)[..., 2]
+        assert (blue == blue[:1, :, :1]).all()  # every crop of a row is of the same image
+        assert sorted(blue[0, :, 0].tolist()) == list(range(12))  # all of them, once
+
+
+def test_bad_images_are_replaced_by_their_followers_and_counted(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, counts=(7, 2, 0, 9), broken=BROKEN)
+    found: set[tuple[str, int, str]] = set()
+    for batch in take(open_stream(shards), 0, 6):
+        assert all(crops.float().std() > 20 for crops in batch.crops)  # never a grey image
+        found |= {(Path(bad.shard).name, bad.sample, bad.reason) for bad in batch.bad}
+    # Both of shard 1 are bad: its replacement is the first of shard 3 (shard 2 is empty).
+    assert {("train-000.tar", 3, "not_an_image"), ("train-001.tar", 0, "truncated")} <= found
+    assert found <= {(f"train-{shard:03d}.tar", sample, reason) for (shard, sample), reason in BROKEN.items()}
+
+
+def test_a_replacement_equals_the_follower_in_the_same_slot(tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir(), (tmp_path / "copied").mkdir()
+    broken = write_shards(tmp_path / "broken", counts=(6,), broken={(0, 5): "truncated"})
+    images = [picture(sample) for sample in range(6)]
+    copied = ShardList([write_shard(tmp_path / "copied" / "train-000.tar", [*images[:5], images[0]])])
+    (one,), (other,) = take(open_stream(broken), 0, 1), take(open_stream(copied), 0, 1)
+    assert one.bad == [BadSample(str(tmp_path / "broken" / "train-000.tar"), 5, "truncated")] and other.bad == []
+    assert torch.equal(one.crops[0], other.crops[0]) and torch.equal(one.crops[1], other.crops[1])
+
+
+def test_nothing_but_bad_images_is_one_error(tmp_path: Path) -> None:
+    broken = {(0, sample): "not_an_image" for sample in range(6)}
+    with pytest.raises(UserError, match="can be decoded"):
+        take(open_stream(write_shards(tmp_path, counts=(6,), broken=broken)), 0, 1)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, 4096)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", [remove, cut_short])
+def test_a_lost_tar_is_one_error_from_next(shards: ShardList, workers: int, damage: Callable[[Path], None]) -> None:
+    path = shards.shards[3].path
+    damage(path)
+    stream = open_stream(shards, workers=workers)
+    with pytest.raises(UserError) as caught:
+        take(stream, 0, 10)
+    stream.close()
+    assert str(path) in str(caught.value) and "Traceback" not in str(caught.value)
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), UserError)
+
+
+def test_a_tar_cut_after_it_was_opened(tmp_path: Path) -> None:
+    (shard,) = write_shards(tmp_path, counts=(4,)).shards
+    reader = ShardReader()
+    assert reader.read(shard, 0) == picture(0)
+    os.truncate(shard.path, int(shard.offsets[3]) + 5)
+    with pytest.raises(UserError, match="ends inside a sample"):
+        reader.read(shard, 3)
+    reader.close()
+
+
+def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seer.data.sources._OPEN_FILES", 3)
+    shards = write_shards(tmp_path, counts=(1,) * 8).shards
+    reader = ShardReader()
+    before = len(os.listdir("/proc/self/fd"))
+    for number in (*range(8), 0, 7, 7):
+        assert reader.read(shards[number], 0) == picture(100 * number)
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_batch_that_cannot_be_cut(shards: ShardList) -> None:
+    with pytest.raises(UserError, match="use a multiple of 4"):
+        open_stream(shards, batch=6, world_size=4)
+    with pytest.raises(UserError, match="21 samples"):
+        open_stream(shards, batch=22)
+
+
+def test_identity_names_what_changes_batches_and_nothing_else(shards: ShardList, tmp_path: Path) -> None:
+    identity = open_stream(shards).identity()
+    assert json.loads(json.dumps(identity)) == identity
+    assert open_stream(shards, workers=2, rank=1, world_size=2).identity() == identity
+    assert open_stream(shards, seed=5).identity() != identity
+    assert open_stream(shards, batch=7).identity() != identity
+    (tmp_path / "moved").mkdir()
+    assert open_stream(write_shards(tmp_path / "moved")).identity() == identity
+    assert open_stream(write_shards(tmp_path / "moved", counts=(7, 5, 0, 8))).identity() != identity
+
+
+def test_samples_are_read_for_evaluation_too(shards: ShardList) -> None:
+    data = read_sample(shards.shards[3], 4)
+    assert data == picture(304)
+    assert evaluation_crop(decode(data), 16).shape == (16, 16, 3)
+
+
+def test_a_later_iterator_ends_the_earlier_one(shards: ShardList) -> None:
+    stream = open_stream(shards, workers=1)
+    first = stream.batches(0)
+    next(first)
+    (again,) = take(stream, 4, 1)
+    assert again.batch_index == 4
+    assert next(first, None) is None
+
+
+PARENT = """
+import multiprocessing, os, pickle, signal, sys
+from seer.data.crops import CropSpec
+from seer.data.photometric_parameters import PhotometricSpec
+from seer.data.stream import DataStream
+
+signal.signal(signal.SIGUSR1, lambda *_: print("handled", os.getpid(), flush=True))
+with open(sys.argv[1], "rb") as file:
+    shards = pickle.load(file)
+stream = DataStream(shards, seed=0, global_batch_size=6, crops=[CropSpec(1, 8, 0.5, 1.0)], flip_probability=0.5,
+                    photometric=PhotometricSpec(), workers=2)
+batches = stream.batches(0)
+next(batches)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+for line in sys.stdin:
+    print(next(batches).batch_index, flush=True)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.fixture
+def parent(shards: ShardList, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    (tmp_path / "shards.pkl").write_bytes(pickle.dumps(shards))
+    (tmp_path / "parent.py").write_text(PARENT)
+    root = str(Path(__file__).resolve().parents[2])
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "shards.pkl")],
+        env={**os.environ, "PYTHONPATH": root},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        yield process, [int(pid) for pid in process.stdout.readline().split()]
+        process.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no signal of a parent's death")
+def test_workers_leave_signals_to_the_parent_and_die_with_it(parent: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, workers = parent
+    assert process.stdin is not None and process.stdout is not None
+    assert len(workers) == 2 and all(map(alive, workers))
+    for worker in workers:
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(worker, name)
+    for expected in range(1, 9):
+        process.stdin.write("next\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == f"{expected}\n"
+    assert all(map(alive, workers))
+    process.kill()
+    deadline = time.monotonic() + 5
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(alive, workers))
+
+
+def test_a_parent_that_closes_nothing_still_exits(parent: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, workers = parent
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(timeout=20) == 0
+    assert not any(map(alive, workers))

@@ -1,0 +1,219 @@
+"""The checks of `validate`, and what `resolve` derives."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from seer.config import BACKBONES, BackboneConfig, DataConfig, TrainConfig, freeze, resolve, validate
+from seer.errors import UserError
+
+
+def valid(**values: Any) -> TrainConfig:
+    """The defaults with the two values that have none, and some keys changed: `section__key=value`."""
+    config = TrainConfig(run_dir="runs/test", data=DataConfig(shards=["a.tar"]))
+    for path, value in values.items():
+        *sections, name = path.split("__")
+        place: Any = config
+        for section in sections:
+            place = getattr(place, section)
+        assert hasattr(place, name), path
+        setattr(place, name, value)
+    return config
+
+
+CUSTOM = {
+    **{"backbone__name": "custom", "backbone__depth": 5, "backbone__w0": 32},
+    **{"backbone__wa": 45.0, "backbone__wm": 2.0, "backbone__group_width": 16},
+}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        CUSTOM,
+        {"data__small__count": 0},
+        {"data__large__count": 3},
+        {"data__workers": 0},
+        {"objective__epsilon": 0.003},
+        {"objective__iterations": 0},
+        {"objective__head_hidden_sizes": []},
+        {"objective__queue_images": 256},
+        {"optimizer__warmup_steps": 99_999},
+        {"evaluation__train": ["a"], "evaluation__val": ["b"], "evaluation__every_steps": 5},
+        {"evaluation__train": ["a"], "evaluation__val": ["b"]},
+        {"parallel__strategy": "single"},
+        {"data__photometric__hue": 0.5},
+    ],
+)
+def test_accepted(values: dict[str, Any]) -> None:
+    config = valid(**values)
+    before = freeze(config)
+    validate(config)
+    assert freeze(config) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"run_dir": ""}, "run_dir is empty"),
+        ({"seed": -1}, "seed=-1"),
+        ({"data__shards": []}, "data.shards='SHARDS_DIR/*.tar'"),
+        ({"data__shards": [""]}, "empty pattern"),
+        ({"data__index_dir": ""}, "data.index_dir is empty"),
+        ({"data__workers": -1}, "data.workers=-1: at least 0"),
+        ({"data__large__count": 1}, "at least 2"),
+        ({"data__small__count": -1}, "data.small.count=-1"),
+        ({"data__large__size": 4}, "data.large.size=4"),
+        ({"data__large__min_area": 0.0}, "data.large.min_area=0: greater than 0"),
+        ({"data__small__max_area": 1.5}, "at most 1"),
+        (
+            {"data__large__min_area": 0.9, "data__large__max_area": 0.5},
+            "data.large.min_area=0.9 with data.large.max_area",
+        ),
+        ({"data__flip_probability": 1.1}, "data.flip_probability=1.1"),
+        ({"data__flip_probability": math.nan}, "data.flip_probability=nan"),
+        ({"data__photometric__grayscale_probability": -0.1}, "grayscale_probability=-0.1"),
+        ({"data__photometric__hue": 0.6}, "at most 0.5"),
+        ({"data__photometric__blur_min_sigma": 3.0}, "blur_min_sigma=3 with data.photometric.blur_max_sigma=2"),
+        ({"backbone__name": "400fm"}, "did you mean '400mf'?"),
+        ({"backbone__name": "custom"}, "backbone.depth, backbone.w0, backbone.wa, backbone.wm, backbone.group_width"),
+        ({**CUSTOM, "backbone__wm": None}, "without backbone.wm:"),
+        ({**CUSTOM, "backbone__w0": 30}, "use 32"),
+        ({**CUSTOM, "backbone__wm": 1.0}, "backbone.wm=1: greater than 1"),
+        ({"backbone__depth": 5}, "backbone.depth is given beside backbone.name=400mf"),
+        ({"backbone__stage_strides": [1, 2, 2]}, "there are four stages"),
+        ({"backbone__stem_stride": 3}, "a stride of 3"),
+        ({"objective__name": "swaw"}, "did you mean 'swav'?"),
+        ({"objective__prototypes": 1}, "objective.prototypes=1"),
+        ({"objective__head_hidden_sizes": [0]}, "objective.head_hidden_sizes=0"),
+        ({"objective__temperature": 0.0}, "objective.temperature=0"),
+        ({"objective__epsilon": 0.002}, "objective.epsilon=0.002"),
+        ({"objective__epsilon": math.nan}, "objective.epsilon=nan"),
+        ({"objective__iterations": -1}, "objective.iterations=-1"),
+        ({"objective__queue_images": 255}, "use 0 (no queue) or at least 256"),
+        ({"optimizer__name": "adam"}, "did you mean 'adamw'?"),
+        ({"optimizer__schedule": "rebase"}, "did you mean 'rebased'?"),
+        ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate=0"),
+        ({"optimizer__learning_rate": math.inf}, "optimizer.learning_rate=inf"),
+        ({"optimizer__momentum": 1.0}, "less than 1"),
+        ({"optimizer__warmup_steps": 100, "train__steps": 100}, "use optimizer.warmup_steps=5"),
+        ({"train__steps": 0}, "train.steps=0"),
+        ({"train__global_batch_size": 0}, "train.global_batch_size=0"),
+        ({"train__device": "gpu"}, "train.device=gpu"),
+        ({"train__precision": "fp16"}, "train.precision=fp16"),
+        ({"train__threads": 0}, "train.threads=0"),
+        ({"train__log_every_steps": 0}, "train.log_every_steps=0"),
+        ({"train__init_from": ""}, "train.init_from is empty"),
+        ({"checkpoint__every_steps": 0}, "checkpoint.every_steps=0"),
+        ({"checkpoint__keep": 1}, "checkpoint.keep=1"),
+        ({"checkpoint__keep_every_steps": 0}, "checkpoint.keep_every_steps=0"),
+        ({"evaluation__val": ["a"]}, "give evaluation.train too"),
+        ({"evaluation__train": ["a"]}, "give evaluation.val too"),
+        ({"evaluation__every_steps": 10}, "evaluation.every_steps=10 without shards"),
+        ({"evaluation__k": 0}, "evaluation.k=0"),
+        ({"evaluation__max_val_images": 0}, "evaluation.max_val_images=0"),
+        ({"parallel__strategy": "fsdp"}, "comes with several processes"),
+        ({"parallel__strategy": "sinlge"}, "did you mean 'single'?"),
+    ],
+)
+def test_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(valid(**values))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_field_is_looked_at() -> None:
+    """A number that makes no sense anywhere is refused in whichever numeric field it stands."""
+    free = {"backbone.depth", "backbone.w0", "backbone.wa", "backbone.wm", "backbone.group_width"}  # need `custom`
+
+    def sections(place: Any, path: str) -> list[tuple[str, str]]:
+        found = []
+        for field in dataclasses.fields(place):
+            value, name = getattr(place, field.name), f"{path}{field.name}"
+            if dataclasses.is_dataclass(value):
+                found += sections(value, f"{name}.")
+            elif "int" in str(field.type) or "float" in str(field.type):
+                found.append((name, str(field.type)))
+        return found
+
+    numeric = [(name, kind) for name, kind in sections(TrainConfig(), "") if name not in free]
+    assert len(numeric) > 50
+    for name, kind in numeric:
+        bad: Any = [-7] if "list" in kind else -7 if "int" in kind else -7.0
+        with pytest.raises(UserError):
+            validate(valid(**{name.replace(".", "__"): bad}))
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size", "remedy"), [(50, 4, "use 48 or 52"), (3, 4, "use 4"), (257, 2, "use 256 or 258")]
+)
+def test_batch_divides_by_processes(batch: int, world_size: int, remedy: str) -> None:
+    config = valid(train__global_batch_size=batch)
+    validate(config)
+    with pytest.raises(UserError, match=remedy):
+        validate(config, world_size=world_size)
+    validate(valid(train__global_batch_size=4 * batch), world_size=world_size)
+
+
+def test_backbones_are_the_family() -> None:
+    from seer.backbones.regnet import FAMILY
+
+    assert set(BACKBONES) == set(FAMILY)
+
+
+def test_schedule_styles_are_those_of_the_part() -> None:
+    from seer.optim.schedules import STYLES, WarmupCosine
+
+    for style in STYLES:
+        validate(valid(optimizer__schedule=style))
+        WarmupCosine(0.0, 1.0, 0.0, 1, 10, style=style)
+
+
+def test_learning_rate_follows_the_batch() -> None:
+    """SEER's linear rule: 0.3 for 256 images; 9.6 for 8192 (facebookresearch/vissl, MODEL_DOCUMENTATION.md)."""
+    found = resolve(valid(train__global_batch_size=8192), cpu_count=8)["optimizer.learning_rate"]
+    assert found.value == pytest.approx(9.6, rel=1e-12)
+    assert "8192" in found.reason
+    given = resolve(valid(train__global_batch_size=8192, optimizer__learning_rate=0.1), cpu_count=8)
+    assert given["optimizer.learning_rate"] == (0.1, "given")
+
+
+@pytest.mark.parametrize(
+    ("cpu_count", "world_size", "device", "workers", "threads"),
+    [
+        (1, 1, "cpu", 1, 1),
+        (2, 1, "cpu", 1, 2),
+        (8, 1, "cpu", 4, 8),
+        (8, 4, "cpu", 1, 2),
+        (2, 4, "cpu", 1, 1),
+        (16, 1, "cuda", 15, 16),
+        (96, 8, "cuda", 11, 12),
+    ],
+)
+def test_workers_and_threads(cpu_count: int, world_size: int, device: str, workers: int, threads: int) -> None:
+    found = resolve(valid(), cpu_count=cpu_count, world_size=world_size, device=device)
+    assert (found["data.workers"].value, found["train.threads"].value) == (workers, threads)
+    given = resolve(valid(data__workers=0, train__threads=3), cpu_count=cpu_count, device=device)
+    assert (given["data.workers"].value, given["train.threads"].value) == (0, 3)
+
+
+def test_queue_holds_whole_batches() -> None:
+    rounded = resolve(valid(objective__queue_images=1000), cpu_count=1)["objective.queue_images"]
+    assert rounded == (768, "1000 rounded down to whole batches")
+    assert resolve(valid(objective__queue_images=1024), cpu_count=1)["objective.queue_images"].value == 1024
+
+
+def test_evaluation_uses_the_large_crop() -> None:
+    assert resolve(valid(data__large__size=160), cpu_count=1)["evaluation.size"].value == 160
+
+
+def test_defaults_are_not_shared() -> None:
+    one, other = BackboneConfig(), BackboneConfig()
+    one.stage_strides.append(1)
+    assert other.stage_strides == [2, 2, 2, 2]

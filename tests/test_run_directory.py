@@ -1,0 +1,218 @@
+"""A run's folder: one writer, one configuration, nothing half-made."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from seer.errors import UserError
+from seer.run_directory import RunDirectory, read_result, read_run
+
+CONFIG = {
+    "run_dir": "RUN",
+    "seed": 3,
+    "data": {"shards": ["a-{0..3}.tar"], "workers": 2, "index_dir": None, "large": {"count": 2, "size": 96}},
+    "backbone": {"name": "tiny"},
+    "objective": {"epsilon": 0.02},
+    "optimizer": {"weight_decay": 1e-6},
+    "train": {"steps": 100, "global_batch_size": 8, "precision": "bf16", "init_from": None, "log_every_steps": 10},
+    "checkpoint": {"every_steps": 10},
+    "parallel": {"strategy": "auto", "sync_batchnorm": False},
+}
+
+
+def changed(key: str, value: object) -> dict:
+    config = json.loads(json.dumps(CONFIG))
+    *groups, last = key.split(".")
+    place = config
+    for group in groups:
+        place = place[group]
+    place[last] = value
+    return config
+
+
+def test_configuration_comes_back_as_it_was(tmp_path):
+    resolved = {"data.workers": SimpleNamespace(value=2, reason="2 cores")}
+    with RunDirectory.open(tmp_path / "new" / "run", CONFIG, resolved=resolved) as run:
+        assert run.folder == tmp_path / "new" / "run"
+        assert run.config == CONFIG
+    assert read_run(tmp_path / "new" / "run") == CONFIG
+    text = (tmp_path / "new" / "run" / "config.yaml").read_text()
+    assert "2 cores" in text
+    assert sorted(os.listdir(run.folder)) == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 4),
+        ("data.shards", ["b.tar"]),
+        ("data.large.size", 64),
+        ("backbone.name", "200mf"),
+        ("objective.epsilon", 0.03),
+        ("optimizer.weight_decay", 0.0),
+        ("train.steps", 101),
+        ("train.global_batch_size", 16),
+        ("train.precision", "fp32"),
+        ("train.init_from", "w.safetensors"),
+        ("parallel.sync_batchnorm", True),
+    ],
+)
+def test_another_identity_is_refused_by_name(tmp_path, key, value):
+    RunDirectory.open(tmp_path, CONFIG).close()
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=rf"{key}: .* -> .*another run_dir.*delete"):
+        RunDirectory.open(tmp_path, changed(key, value))
+    assert (tmp_path / "config.yaml").read_bytes() == before
+    RunDirectory.open(tmp_path, CONFIG).close()  # the refusal gave the lock back
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run_dir", "other"),
+        ("data.workers", 7),
+        ("data.index_dir", "/x"),
+        ("train.log_every_steps", 1),
+        ("checkpoint.every_steps", 5),
+        ("parallel.strategy", "single"),
+    ],
+)
+def test_other_keys_may_change_and_are_recorded(tmp_path, key, value):
+    RunDirectory.open(tmp_path, CONFIG).close()
+    RunDirectory.open(tmp_path, changed(key, value)).close()
+    assert read_run(tmp_path) == changed(key, value)
+
+
+def test_at_most_five_differences_are_listed(tmp_path):
+    RunDirectory.open(tmp_path, {"seed": 0, "backbone": {str(i): i for i in range(7)}}).close()
+    with pytest.raises(UserError, match="and 2 more") as caught:
+        RunDirectory.open(tmp_path, {"seed": 0, "backbone": {str(i): i + 1 for i in range(7)}})
+    assert caught.value.what.count("->") == 5
+
+
+def test_moved_shards_are_the_same_data_if_their_digest_is(tmp_path):
+    RunDirectory.open(tmp_path, CONFIG, data={"digest": "ab", "areas": [(0.1, 1.0)]}).close()
+    moved = changed("data.shards", ["/elsewhere/a-{0..3}.tar"])
+    RunDirectory.open(tmp_path, moved, data={"digest": "ab", "areas": [(0.1, 1.0)]}).close()
+    with pytest.raises(UserError, match="data: digest: ab -> cd"):
+        RunDirectory.open(tmp_path, moved, data={"digest": "cd", "areas": [(0.1, 1.0)]})
+
+
+def test_signed_urls_are_not_saved(tmp_path):
+    config = changed("data.shards", ["https://host/a.tar?X-Amz-Signature=secret"])
+    RunDirectory.open(tmp_path, config).close()
+    assert "secret" not in (tmp_path / "config.yaml").read_text()
+    RunDirectory.open(tmp_path, changed("data.shards", ["https://host/a.tar?X-Amz-Signature=renewed"])).close()
+
+
+def test_a_second_writer_is_refused_and_told_who_is_first(tmp_path):
+    with RunDirectory.open(tmp_path, CONFIG):
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on "):
+            RunDirectory.open(tmp_path, CONFIG)
+        assert read_run(tmp_path) == CONFIG  # looking is allowed
+    RunDirectory.open(tmp_path, CONFIG).close()
+
+
+def test_lock_of_a_killed_process_is_taken_over(tmp_path):
+    code = (
+        "import sys, time; from seer.run_directory import RunDirectory\n"
+        f"run = RunDirectory.open({str(tmp_path)!r}, {CONFIG!r}); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} "):
+            RunDirectory.open(tmp_path, CONFIG)
+    finally:
+        holder.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # dead, its parent has not looked yet
+    RunDirectory.open(tmp_path, CONFIG).close()
+    holder.communicate()
+
+
+@pytest.mark.parametrize(
+    ("change", "stale"),
+    [
+        ({}, False),
+        ({"boot": "another"}, True),
+        ({"started": 1}, True),
+        ({"pid": 2**22 + 1}, True),
+        ({"host": "elsewhere", "boot": "another"}, False),
+    ],
+)
+def test_who_counts_as_living(tmp_path, change, stale):
+    run = RunDirectory.open(tmp_path, CONFIG)
+    lock = tmp_path / "run.lock"
+    lock.write_text(json.dumps(json.loads(lock.read_text()) | change))
+    if stale:
+        second = RunDirectory.open(tmp_path, CONFIG)
+        run.close()  # what was taken over is not removed by its former holder
+        assert lock.exists()
+        second.close()
+        assert not lock.exists()
+    else:
+        with pytest.raises(UserError, match="in use"):
+            RunDirectory.open(tmp_path, CONFIG)
+
+
+def test_torn_lock_is_nobodys(tmp_path):
+    (tmp_path / "run.lock").write_bytes(b'{"host": "x", ')
+    RunDirectory.open(tmp_path, CONFIG).close()
+
+
+def test_place_that_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        RunDirectory.open(tmp_path / "file" / "run", CONFIG)
+    with pytest.raises(UserError, match="cannot be written"):
+        RunDirectory.open("/proc/run", CONFIG)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_failed_start_leaves_no_folder(tmp_path):
+    with pytest.raises(AttributeError):
+        RunDirectory.open(tmp_path / "a" / "b", CONFIG, resolved={"x": 1})
+    assert os.listdir(tmp_path) == []
+
+
+def test_result_is_written_and_updated(tmp_path):
+    with RunDirectory.open(tmp_path, CONFIG) as run:
+        assert run.finished() is None
+        run.write_result({"state": "stopped", "steps": 3})
+        assert run.finished() is None
+        run.update_result({"state": "finished", "knn_top1": 0.5})
+        assert run.finished() == {"state": "finished", "steps": 3, "knn_top1": 0.5}
+    assert read_result(tmp_path)["knn_top1"] == 0.5
+
+
+def test_files_of_a_run(tmp_path):
+    with RunDirectory.open(tmp_path, CONFIG) as run:
+        paths = [run.metrics, run.evaluations, run.quarantine(1), run.checkpoints, run.tensorboard, run.result]
+    names = [str(path.relative_to(tmp_path)) for path in paths]
+    assert names == [
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "quarantine/rank-1.jsonl",
+        "checkpoints",
+        "tensorboard",
+        "result.json",
+    ]
+
+
+def test_folder_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="is no run"):
+        read_run(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        read_run(tmp_path / "none")
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="no configuration of a run"):
+        read_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("just words")
+    with pytest.raises(UserError, match="no configuration of a run"):
+        read_run(Path(tmp_path))

@@ -1,0 +1,112 @@
+"""A run: it ends with its files, goes on where it stopped as if nothing had been, and refuses what it cannot do."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import make_shards, tiny_config
+
+from seer.checkpoint.store import CheckpointStore
+from seer.errors import UserError
+from seer.handoff.timm_format import load_exported
+from seer.training import loop
+from seer.training.stop import EXIT_STOPPED
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_shards(tmp_path_factory.mktemp("loop"))
+
+
+def metrics(run: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    newest = CheckpointStore(run / "checkpoints").newest()
+    assert newest is not None
+    return newest.tensors()
+
+
+def test_a_run_leaves_what_the_documents_promise(tmp_path: Path, shards: str) -> None:
+    run = tmp_path / "run"
+    evaluation = ("evaluation.every_steps=3", f"evaluation.train={shards}", f"evaluation.val={shards}")
+    outcome = loop.run(tiny_config(run, shards, *evaluation))
+    assert outcome.exit_code == 0
+    lines = [line for line in metrics(run) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"images_seen", "chance", "lr", "images_per_s", "data_wait_share", "bad_samples", "skipped_steps"} <= set(lines[0])
+    assert {"assignment_entropy", "mean_assignment_entropy", "prototypes_in_use", "feature_std"} <= set(lines[0])
+    assert [line["step"] for line in metrics(run) if "knn_top1" in line] == [3, 6]
+    result = json.loads((run / "result.json").read_text())
+    assert result["state"] == "finished" and result["steps"] == 6 and result["knn_top1"] > 0.5
+    assert load_exported(Path(result["exports"][0])).architecture["name"] == "tiny"
+    assert not (run / "run.lock").exists()
+
+    before = (run / "metrics.jsonl").read_bytes()
+    assert loop.run(tiny_config(run, shards, *evaluation)).exit_code == 0, "a finished run says so again"
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3, 4])
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, shards: str, stopped_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larc = ("optimizer=larc", "objective.queue_images=16", "objective.queue_start_steps=1", "data.workers=1")
+    whole = tmp_path / "whole"
+    loop.run(tiny_config(whole, shards, *larc))
+
+    parts = tmp_path / "parts"
+    step = loop.train_step
+
+    def interrupted(state, crops, settings):  # type: ignore[no-untyped-def]
+        outcome = step(state, crops, settings)
+        if state.step == stopped_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outcome
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    assert loop.run(tiny_config(parts, shards, *larc)).exit_code == EXIT_STOPPED
+    monkeypatch.setattr(loop, "train_step", step)
+    assert loop.run(tiny_config(parts, shards, *larc)).exit_code == 0
+
+    assert [(line["step"], line["loss"]) for line in metrics(parts)] == [
+        (line["step"], line["loss"]) for line in metrics(whole)
+    ]
+    expected, found = final_tensors(whole), final_tensors(parts)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_a_run_starts_from_exported_weights(tmp_path: Path, shards: str) -> None:
+    first = loop.run(tiny_config(tmp_path / "first", shards))
+    weights = first.result["exports"][0]
+    second = loop.run(tiny_config(tmp_path / "second", shards, f"train.init_from={weights}", "train.steps=2", "optimizer.warmup_steps=2", "optimizer.learning_rate=1e-12"))
+    expected, found = load_exported(Path(weights)).tensors, load_exported(Path(second.result["exports"][0])).tensors
+    convolutions = [name for name in expected if name.endswith("conv.weight")]
+    assert all(torch.allclose(expected[name], found[name], atol=1e-6) for name in convolutions)
+
+
+def test_init_from_another_architecture_is_refused(tmp_path: Path, shards: str) -> None:
+    weights = loop.run(tiny_config(tmp_path / "first", shards)).result["exports"][0]
+    with pytest.raises(UserError, match="architecture"):
+        loop.run(tiny_config(tmp_path / "second", shards, f"train.init_from={weights}", "backbone.name=200mf"))
+
+
+def test_another_configuration_is_refused_and_nothing_is_lost(tmp_path: Path, shards: str) -> None:
+    run = tmp_path / "run"
+    loop.run(tiny_config(run, shards))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="optimizer.weight_decay"):
+        loop.run(tiny_config(run, shards, "optimizer.weight_decay=0.5"))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_fewer_samples_than_a_batch(tmp_path: Path, shards: str) -> None:
+    with pytest.raises(UserError, match="64"):
+        loop.run(tiny_config(tmp_path / "run", shards, "train.global_batch_size=64"))
+    assert not (tmp_path / "run").exists()

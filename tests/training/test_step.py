@@ -1,0 +1,82 @@
+"""A step moves everything, or nothing where it is not finite."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import make_shards, tiny_config
+
+from seer import build
+from seer.config import TrainConfig, resolve
+from seer.parallel.running_statistics import RunningStatistics
+from seer.training.state import TrainState, state_tensors
+from seer.training.step import StepSettings, float_crops, set_learning_rate, train_step
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_shards(tmp_path_factory.mktemp("step"))
+
+
+def start(config: TrainConfig) -> tuple[TrainState, StepSettings]:
+    device = torch.device("cpu")
+    learner = build.learner(config, device=device)
+    state = TrainState(
+        learner=learner,
+        statistics=RunningStatistics(learner),
+        optimizer=build.optimizer(config, learner, 1e-3),
+        skipped_steps=torch.zeros((), dtype=torch.int64),
+    )
+    dtype, autocast = build.precision_of(config)
+    return state, StepSettings(device, dtype, autocast, True, build.photometric_spec(config.data), True)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("optimizer=adamw",), ("optimizer=larc", "objective.queue_images=16"), ("train.precision=bf16",)],
+    ids=["adamw", "larc and queue", "bf16"],
+)
+def test_one_infinite_pixel_changes_nothing(tmp_path: Path, shards: str, overrides: tuple[str, ...]) -> None:
+    config = tiny_config(tmp_path / "run", shards, *overrides)
+    state, settings = start(config)
+    batches = build.stream(config, workers=0).batches(0)
+    for _ in range(4):  # momentum, statistics and queue are no longer what they were at the start
+        train_step(state, float_crops(next(batches), settings), settings)
+    crops = float_crops(next(batches), settings)
+    crops[0][0, 0, 5, 5] = float("inf")
+    before = copy.deepcopy(state_tensors(state))
+
+    train_step(state, crops, settings)
+
+    after = state_tensors(state)
+    assert after.pop("skipped_steps") == before.pop("skipped_steps") + 1 == 1
+    assert state.step == state.batch_index == 5
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+    moved = train_step(state, float_crops(next(batches), settings), settings)
+    assert torch.isfinite(moved.loss)
+    still = [name for name, tensor in before.items() if torch.equal(tensor, state_tensors(state)[name])]
+    assert not [name for name in still if name.startswith("model/")], "a finite step moves every weight and statistic"
+
+
+def test_a_step_draws_from_no_global_stream(tmp_path: Path, shards: str, no_global_randomness: None) -> None:
+    config = tiny_config(tmp_path / "run", shards)
+    state, settings = start(config)
+    train_step(state, float_crops(next(build.stream(config, workers=0).batches(0)), settings), settings)
+
+
+def test_the_loss_falls_on_one_batch(tmp_path: Path, shards: str) -> None:
+    config = tiny_config(tmp_path / "run", shards, "train.precision=fp64")
+    state, settings = start(config)
+    crops = float_crops(next(build.stream(config, workers=0).batches(0)), settings)
+    set_learning_rate(state.optimizer, 3e-3)
+    losses = [float(train_step(state, crops, settings).loss) for _ in range(25)]
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_derived_values_say_why(tmp_path: Path, shards: str) -> None:
+    config = tiny_config(tmp_path / "run", shards, "optimizer=larc")
+    rate = resolve(config)["optimizer.learning_rate"]
+    assert rate.value == pytest.approx(0.3 * 8 / 256) and "256" in rate.reason
