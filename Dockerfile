@@ -3,7 +3,7 @@
 # torch's own wheels, so a plain Python image is enough and an nvidia/cuda base would only hold them twice.
 # Not built yet: written without a Docker engine at hand; the build stage's commands were run natively with Python 3.12.
 #
-#   docker build -t seer .                                     # PILLOW_SIMD_FLAGS=--no-avx2 for CPUs before 2013
+#   docker build -t seer .      # older CPUs without AVX2: --build-arg PILLOW_SIMD_FLAGS=--no-avx2
 #   docker run --rm --gpus all --shm-size=16g --user "$(id -u):$(id -g)" \
 #     -v /data/shards:/shards:ro -v "$PWD/runs":/runs \
 #     seer train experiment=small data.shards='/shards/*.tar' run_dir=/runs/small

@@ -270,6 +270,10 @@ def _write(job: tuple[str, int, str, int, int]) -> int:
     return last - first
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _is_there(out: Path, options: dict[str, int]) -> bool:
     try:
         if json.loads((out / STAMP).read_text()) != options:
@@ -310,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=4000, help="images in OUT/train (4000)")
     parser.add_argument("--val", type=int, default=1000, help="images in OUT/val (1000)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images (0)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
+    parser.add_argument("--workers", type=int, default=_cores(), help="processes (one a core)")
     chosen = parser.parse_args(argv)
     if min(chosen.train, chosen.val, chosen.seed) < 0 or chosen.workers < 1:
         parser.error("--train, --val and --seed cannot be negative, --workers is at least 1")

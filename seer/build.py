@@ -175,14 +175,14 @@ def optimizer(config: TrainConfig, network: Learner, learning_rate: float) -> Op
     )
 
 
-def schedule(config: TrainConfig, peak: float) -> WarmupCosine:
+def schedule(config: TrainConfig, *, peak: float, warmup_steps: int) -> WarmupCosine:
     """The learning rate of each step."""
     settings = config.optimizer
     return WarmupCosine(
         start=settings.warmup_start_learning_rate,
         peak=peak,
         end=peak * settings.end_learning_rate_share,
-        warmup_steps=settings.warmup_steps,
+        warmup_steps=warmup_steps,
         total_steps=config.train.steps,
         style=settings.schedule,
     )

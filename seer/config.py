@@ -145,8 +145,8 @@ class OptimizerConfig:
     """Peak learning rate for 256 images a batch; used when learning_rate is not given."""
     warmup_start_learning_rate: float = 0.0
     """Learning rate of step 0."""
-    warmup_steps: int = 0
-    """Steps from there to the peak."""
+    warmup_steps: int | None = None
+    """Steps from there to the peak. Default: 5 % of train.steps."""
     end_learning_rate_share: float = 0.001
     """Learning rate at the end as a share of the peak."""
     schedule: str = "rebased"
@@ -293,7 +293,7 @@ def resolve(
         device: where the network runs, `cpu` or `cuda`.
 
     Returns:
-        optimizer.learning_rate (float), data.workers, train.threads, objective.queue_images, evaluation.size (int).
+        optimizer.learning_rate (float), optimizer.warmup_steps, data.workers, train.threads, objective.queue_images, evaluation.size (int).
     """
     batch, optimizer, queue = config.train.global_batch_size, config.optimizer, config.objective.queue_images
     # A container or a scheduler may grant fewer cores than the machine has; macOS cannot say.
@@ -313,6 +313,7 @@ def resolve(
             optimizer.base_learning_rate * batch / 256,
             f"optimizer.base_learning_rate {optimizer.base_learning_rate:g} x {batch} images / 256",
         ),
+        "optimizer.warmup_steps": Resolved(config.train.steps // 20, f"5 % of {config.train.steps} steps"),
         "data.workers": workers,
         "train.threads": Resolved(
             cores, f"{all_cores} cores for {world_size} {'process' if world_size == 1 else 'processes'}"
@@ -322,6 +323,7 @@ def resolve(
     }
     given = {
         "optimizer.learning_rate": optimizer.learning_rate,
+        "optimizer.warmup_steps": optimizer.warmup_steps,
         "data.workers": config.data.workers,
         "train.threads": config.train.threads,
     }
@@ -469,11 +471,11 @@ def _validate_optimizer(optimizer: OptimizerConfig, train: TrainSection) -> None
     for name in ("momentum", "beta1", "beta2"):
         _inside(f"optimizer.{name}", getattr(optimizer, name), 0, 1, open_above=True)
     _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
-    if optimizer.warmup_steps >= train.steps:
+    if optimizer.warmup_steps is not None and optimizer.warmup_steps >= train.steps:
         raise UserError(
             f"optimizer.warmup_steps={optimizer.warmup_steps} with train.steps={train.steps}",
             "the warm-up ends before the run does",
-            f"use optimizer.warmup_steps={train.steps // 20} (5 % of the run)",
+            f"use optimizer.warmup_steps={train.steps // 20} (5 % of the run), or leave it out",
         )
 
 

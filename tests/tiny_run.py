@@ -32,9 +32,10 @@ def make_shards(folder: Path, **images: Any) -> str:
 
 
 def tiny_config(run_dir: Path, shards: str, *overrides: str) -> TrainConfig:
-    """Six steps of the smallest network on 8 images each."""
-    return compose(
-        [
+    """Six steps of the smallest network on 8 images each; later overrides win."""
+    given = dict(
+        override.split("=", 1)
+        for override in [
             "experiment=demo",
             f"run_dir={run_dir}",
             f"data.shards={shards}",
@@ -49,7 +50,6 @@ def tiny_config(run_dir: Path, shards: str, *overrides: str) -> TrainConfig:
             "train.threads=1",
             "train.log_every_steps=1",
             "train.precision=fp32",
-            "optimizer.warmup_steps=2",
             "checkpoint.every_steps=2",
             "evaluation.every_steps=0",
             "evaluation.train=[]",
@@ -57,3 +57,4 @@ def tiny_config(run_dir: Path, shards: str, *overrides: str) -> TrainConfig:
             *overrides,
         ]
     )
+    return compose([f"{key}={value}" for key, value in given.items()])

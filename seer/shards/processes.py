@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -39,7 +41,7 @@ def each(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -
         return
     # A fork of a process with threads (a progress line has one) can hang; a fork server has none.
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_begin)
     waiting: dict[Future[Result], Job] = {}
     try:
         for job in jobs:
@@ -56,6 +58,19 @@ def each(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    """A worker leaves Ctrl-C to its parent, which ends it in order, and does not outlive a parent that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _finished(waiting: dict[Future[Result], Job]) -> Iterator[tuple[Job, Result]]:

@@ -40,12 +40,13 @@ def run(config: TrainConfig) -> Result:
         UserError: what the configuration or the data make impossible, before anything is written where possible.
     """
     validate(config)
-    resolved = resolve(config)
     device = build.device_of(config)
+    resolved = resolve(config, device=device.type)
     torch.set_num_threads(resolved["train.threads"].value)
     stream = build.stream(config, workers=resolved["data.workers"].value)
     evaluation = _evaluation(config)
-    schedule = build.schedule(config, resolved["optimizer.learning_rate"].value)
+    learning_rate = resolved["optimizer.learning_rate"].value
+    schedule = build.schedule(config, peak=learning_rate, warmup_steps=resolved["optimizer.warmup_steps"].value)
     init_from = load_exported(Path(config.train.init_from)) if config.train.init_from else None
 
     with RunDirectory.open(config.run_dir, freeze(config), resolved=resolved, data=stream.identity()) as run:
@@ -54,7 +55,7 @@ def run(config: TrainConfig) -> Result:
             stream.close()
             print(f"{run.folder} is finished: {finished['steps']} steps; delete it or name another run_dir to train anew")
             return Result(0, finished)
-        state = _start(config, device, resolved["optimizer.learning_rate"].value)
+        state = _start(config, device, learning_rate)
         if init_from is not None:
             _begin_from(state.learner.backbone, init_from, config.train.init_from)
         checkpoints = CheckpointStore(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every_steps)
@@ -76,8 +77,7 @@ def run(config: TrainConfig) -> Result:
         batches = stream.batches(state.batch_index)
         try:
             while state.step < config.train.steps and not stop.agreed():
-                learning_rate = schedule.at(state.step)
-                set_learning_rate(state.optimizer, learning_rate)
+                set_learning_rate(state.optimizer, learning_rate := schedule.at(state.step))
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - asked

@@ -85,7 +85,8 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
 def test_a_run_starts_from_exported_weights(tmp_path: Path, shards: str) -> None:
     first = loop.run(tiny_config(tmp_path / "first", shards))
     weights = first.result["exports"][0]
-    second = loop.run(tiny_config(tmp_path / "second", shards, f"train.init_from={weights}", "train.steps=2", "optimizer.warmup_steps=2", "optimizer.learning_rate=1e-12"))
+    still = (f"train.init_from={weights}", "train.steps=2", "optimizer.learning_rate=1e-12")
+    second = loop.run(tiny_config(tmp_path / "second", shards, *still))
     expected, found = load_exported(Path(weights)).tensors, load_exported(Path(second.result["exports"][0])).tensors
     convolutions = [name for name in expected if name.endswith("conv.weight")]
     assert all(torch.allclose(expected[name], found[name], atol=1e-6) for name in convolutions)
