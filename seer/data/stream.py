@@ -18,6 +18,7 @@ from contextlib import closing
 from dataclasses import astuple, dataclass
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -112,7 +113,8 @@ class DataStream:
             "crops": [list(astuple(spec)) for spec in crops],
             "flip_probability": flip_probability,
             "photometric": list(astuple(photometric)),
-            "decoder": "pillow",
+            # pillow-simd's versions end in .postN; its crops differ from Pillow's by up to one level.
+            "decoder": "pillow-simd" if ".post" in PIL.__version__ else "pillow",
             "quarantine": [],
         }
 
@@ -178,8 +180,15 @@ class _Tasks(Dataset[Batch | UserError]):
     def __getitem__(self, batch_index: int) -> Batch | UserError:
         crops = [torch.empty(shape, dtype=torch.uint8) for shape in self._assembler.shapes]
         if torch.utils.data.get_worker_info() is not None:
-            for tensor in crops:
-                tensor.share_memory_()  # type: ignore[no-untyped-call]  # written where the main process will read it
+            try:
+                for tensor in crops:
+                    tensor.share_memory_()  # type: ignore[no-untyped-call]  # written where the main process will read it
+            except RuntimeError as error:
+                return UserError(
+                    f"/dev/shm has no room for another batch ({error})".splitlines()[0],
+                    "workers hand batches over in shared memory",
+                    "start the container with --shm-size=8g, or use data.workers=0",
+                )
         try:
             bad = self._assembler.fill(batch_index, [tensor.numpy() for tensor in crops])
         except UserError as error:
