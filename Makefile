@@ -17,8 +17,8 @@ RUN := runs/demo
 
 demo: .venv/ready
 	@$(BIN)/python data_shards/make_demo.py $(DEMO)/images
-	@$(BIN)/seer shards pack $(DEMO)/images/train --out $(DEMO)/train --labels folders
-	@$(BIN)/seer shards pack $(DEMO)/images/val --out $(DEMO)/val --labels folders
+	@$(BIN)/seer shards pack $(DEMO)/images/train --out $(DEMO)/train --labels folders --overwrite
+	@$(BIN)/seer shards pack $(DEMO)/images/val --out $(DEMO)/val --labels folders --classes $(DEMO)/train --overwrite
 	@rm -rf $(RUN)
 	@$(BIN)/seer train experiment=demo run_dir=$(RUN) $(DEMO_OVERRIDES)
 	@$(BIN)/seer evaluate knn --run $(RUN) --train '$(DEMO)/train/*.tar' --val '$(DEMO)/val/*.tar' --baselines --picture $(RUN)/neighbours.png --next-steps

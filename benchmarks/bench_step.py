@@ -4,13 +4,13 @@
     python benchmarks/bench_step.py --model tiny --out step.json
     python benchmarks/bench_step.py --quick --model tiny             # does it run at all
 
-One step on a CPU, from float crops (2 of 96 pixels and 4 of 48 an image) to new weights. Ours is `seer.training.step.train_step`
-with LARC. The baseline is in this file: timm's RegNetY, one forward a resolution, SwAV's loss and loop as published
-(facebookresearch/swav), LARC a tensor at a time as in apex, torch's SGD. Both start with the same weights and get the same
-batch, precision and memory format; before anything is timed they must give the same losses.
+One step on a CPU, from float crops (2 of 96 pixels and 4 of 48 an image) to new weights. Ours is `train_step` of
+`seer.training.step` with LARC. The baseline is in this file: timm's RegNetY, one forward a resolution, SwAV's loss and
+loop as published (facebookresearch/swav), LARC a tensor at a time as in apex, torch's SGD. Both start with the same
+weights and get the same batch, precision and memory format; before anything is timed they must give the same losses.
 
-All contenders take turns in each round, and a ratio is the median of the rounds' ratios. Process CPU time decides, as other
-processes disturb it less than the wall clock.
+All contenders take turns in each round, and a ratio is the median of the rounds' ratios. Process CPU time decides:
+other processes disturb it less than the wall clock.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from seer import build
-from seer.backbones.regnet import FAMILY
 from seer.config import ObjectiveConfig, TrainConfig
 from seer.files import write_atomically
 from seer.observe.progress import Progress
@@ -51,10 +51,7 @@ from seer.training.state import TrainState
 from seer.training.step import StepSettings, set_learning_rate, train_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from torchvision_shim import make_torchvision_importable  # noqa: E402
-
-make_torchvision_importable()
-import timm  # noqa: E402
+from torchvision_shim import make_torchvision_importable
 
 LARGE_CROPS, LARGE_SIZE, SMALL_CROPS, SMALL_SIZE = 2, 96, 4, 48
 WARM_UP_STEPS = 2
@@ -120,7 +117,7 @@ def learning_rate(config: TrainConfig) -> float:
 
 def our_state(config: TrainConfig, layout: Layout) -> tuple[TrainState, StepSettings]:
     learner = build.learner(config, device=CPU)
-    learner.backbone.to(memory_format=layout.memory_format)  # type: ignore[call-overload]
+    learner.backbone.to(memory_format=layout.memory_format)
     state = TrainState(
         learner=learner,
         statistics=RunningStatistics(learner),
@@ -150,7 +147,7 @@ def our_step(state: TrainState, settings: StepSettings, rate: float, crops: list
 
 
 def our_backbone(state: TrainState, layout: Layout, crops: list[Tensor]) -> Step:
-    """Only the backbone's forward and backward of that step, from the same crops and with gradients of the same shapes."""
+    """Only the backbone's forward and backward of that step: the same crops, gradients of the same shapes."""
     backbone = state.learner.backbone
     with torch.no_grad(), layout.autocast():
         gradients = [torch.full_like(features, 1e-3) for features in backbone(crops)]
@@ -184,7 +181,8 @@ def open_watch(config: TrainConfig, state: TrainState, open_files: ExitStack) ->
     """Observers that write each step, ten times as often as by default, into a run directory that goes away."""
     folder = Path(open_files.enter_context(tempfile.TemporaryDirectory()))
     run = open_files.enter_context(RunDirectory.open(folder / "run", dataclasses.asdict(config)))
-    lines = Console(file=open_files.enter_context(open(folder / "stdout", "w")), soft_wrap=True, highlight=False)
+    stdout = open_files.enter_context((folder / "stdout").open("w"))
+    lines = Console(file=stdout, soft_wrap=True, highlight=False)
     chance = state.learner.objective.chance
     watch = Watch(
         run,
@@ -209,6 +207,9 @@ class PublicSwAV(nn.Module):
     def __init__(self, learner: build.Learner) -> None:
         super().__init__()
         depth, w0, wa, wm, group_width = learner.backbone.shape.parameters
+        make_torchvision_importable()
+        import timm
+
         self.backbone = timm.create_model(
             "regnety_002", depth=depth, w0=w0, wa=wa, wm=wm, group_size=group_width, num_classes=0
         )
@@ -252,7 +253,9 @@ def public_loss(scores: Tensor, images: int, settings: ObjectiveConfig) -> Tenso
 class PublicLARC:
     """torch's SGD behind gradients that are scaled tensor by tensor, the norms compared in Python (as apex does)."""
 
-    def __init__(self, parameters: list[nn.Parameter], *, lr: float, momentum: float, decay: float, trust: float) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], *, lr: float, momentum: float, decay: float, trust: float
+    ) -> None:
         self._sgd = torch.optim.SGD(parameters, lr=lr, momentum=momentum)
         self._decay, self._trust = decay, trust
 
@@ -420,8 +423,13 @@ def table(model: str, found: dict[str, Any], title: str) -> Table:
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "timm": timm.__version__}
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "timm": version("timm"),
+    }
 
 
 def arguments() -> argparse.Namespace:
@@ -430,7 +438,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="images a step (default 32)")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each contender (default 15)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
-    parser.add_argument("--quick", action="store_true", help="batch 8, two rounds: shows that it runs, times mean little")
+    parser.add_argument("--quick", action="store_true", help="batch 8, two rounds: it runs, the times mean little")
     parser.add_argument("--out", type=Path, help="write everything that was measured as JSON")
     given = parser.parse_args()
     if given.quick:
@@ -444,13 +452,12 @@ def main() -> None:
     console = Console()
     found = {}
     for model in given.model:
-        assert model in FAMILY
         found[model] = measure(model, given.batch, given.rounds)
         title = f"batch {given.batch}, {given.threads} threads, medians of {given.rounds} rounds"
         console.print(table(model, found[model], title))
         console.print(
-            f"{model}: {found[model]['outside_backbone_share']:.1%} of the step lies outside the backbone's forward and "
-            f"backward; observers that write each step add {found[model]['observer_overhead']:.1%}"
+            f"{model}: {found[model]['outside_backbone_share']:.1%} of the step lies outside the backbone's forward "
+            f"and backward; observers that write each step add {found[model]['observer_overhead']:.1%}"
         )
     fair = [layout.label for layout in LAYOUTS]
     told: dict[str, Any] = {

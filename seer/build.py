@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -43,7 +44,7 @@ class Objective(Protocol):
 
 
 class Learner(nn.Module):
-    """Backbone and objective as one module: strategies wrap it, checkpoints name its parameters, exports take its backbone."""
+    """Backbone and objective as one module: strategies wrap it, checkpoints name its parts."""
 
     def __init__(self, backbone: RegNetY, objective: SwAV) -> None:
         super().__init__()
@@ -107,7 +108,8 @@ def backbone(config: TrainConfig, *, device: torch.device, dtype: torch.dtype = 
 def learner(config: TrainConfig, *, device: torch.device) -> Learner:
     """The learner with its initial values, which depend on the seed and the names of the parameters alone.
 
-    Built on the meta device, given memory, filled with NaN and then initialised by name: a value that nobody sets cannot hide.
+    Built on the meta device, given memory, filled with NaN, then initialised by name: a value that nobody sets cannot
+    hide.
     """
     dtype, _ = precision_of(config)
     meta = torch.device("meta")
@@ -156,9 +158,7 @@ def channels_last(device: torch.device) -> bool:
 def optimizer(config: TrainConfig, network: Learner, learning_rate: float) -> Optimizer:
     """The optimizer over all parameters of the learner."""
     settings = config.optimizer
-    groups = parameter_groups(
-        network.named_parameters(), exclude_norms_and_biases=not settings.decay_norms_and_biases
-    )
+    groups = parameter_groups(network.named_parameters(), exclude_norms_and_biases=not settings.decay_norms_and_biases)
     if settings.name == "adamw":
         return MaskedAdamW(
             groups,
@@ -215,8 +215,9 @@ def crop_specs(data: DataConfig) -> list[CropSpec]:
 
 def stream(config: TrainConfig, *, workers: int) -> DataStream:
     """The stream of batches over the configured shards."""
+    index_dir = config.data.index_dir
     return DataStream(
-        ShardList.open(config.data.shards, config.data.index_dir),
+        ShardList.open(config.data.shards, Path(index_dir) if index_dir else None),
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
         crops=crop_specs(config.data),

@@ -293,7 +293,8 @@ def resolve(
         device: where the network runs, `cpu` or `cuda`.
 
     Returns:
-        optimizer.learning_rate (float), optimizer.warmup_steps, data.workers, train.threads, objective.queue_images, evaluation.size (int).
+        optimizer.learning_rate (float), optimizer.warmup_steps, data.workers, train.threads,
+        objective.queue_images, evaluation.size (int).
     """
     batch, optimizer, queue = config.train.global_batch_size, config.optimizer, config.objective.queue_images
     # A container or a scheduler may grant fewer cores than the machine has; macOS cannot say.

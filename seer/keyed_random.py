@@ -1,8 +1,8 @@
 """Random numbers that are looked up, not drawn: each is a pure function of a key (numpy only, no state).
 
-Crops and colours then do not depend on who computes them (rank, worker, process that was restarted) and nothing has to be
-saved. The generator is the finaliser of splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
-generators") applied to a counter, in bulk: about 0.1 microseconds a number, where a generator object per image costs 5 to 13.
+Crops and colours then do not depend on who computes them (rank, worker, process that was restarted) and nothing has to
+be saved. The generator is the finaliser of splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
+generators") applied to a counter, in bulk: a generator object for each image would cost more than all its numbers.
 """
 
 import hashlib

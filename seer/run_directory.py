@@ -21,6 +21,7 @@ from seer.files import cannot_write, write_atomically
 from seer.run_lock import RunLock
 
 _CONFIG = "config.yaml"
+_LOCK = "run.lock"
 _HEAD = """\
 # Written by seer; the run goes on from these values. `config` is what was composed, `hash` its SHA-256,
 # `resolved` what was derived from it and why, `data` what the batches were made of.
@@ -81,7 +82,7 @@ class RunDirectory:
         folder = Path(os.path.abspath(os.path.expanduser(run_dir)))
         made = _make(folder)
         try:
-            lock = RunLock.take(folder / "run.lock")
+            lock = RunLock.take(folder / _LOCK)
         except BaseException:
             _unmake(made)
             raise
@@ -190,6 +191,19 @@ def read_result(run_dir: str | Path) -> dict[str, Any] | None:
     if not isinstance(result, dict):
         raise UserError(f"{file} cannot be read", "it is the JSON object with a run's result", "delete that file")
     return result
+
+
+def update_result(run_dir: str | Path, changes: Mapping[str, Any]) -> None:
+    """Set some keys in the result of a run that has ended, from outside; one that has no result yet is left alone.
+
+    Raises:
+        UserError: the run is living.
+    """
+    if read_result(run_dir) is None:
+        return
+    folder = Path(run_dir).expanduser()
+    with RunDirectory(folder, read_run(run_dir), RunLock.take(folder / _LOCK)) as run:
+        run.update_result(changes)
 
 
 def _make(folder: Path) -> list[Path]:

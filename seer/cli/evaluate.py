@@ -44,7 +44,8 @@ def run(argv: list[str]) -> int:
         raise UserError(f"seer evaluate {argv[0]}", "there is no such evaluation", closest(argv[0], ["knn"]))
     given = _arguments().parse(argv[1:])
     # torch is imported from here on, so that help and misspelt options answer at once.
-    from seer.cli.saved_run import load_run, note_scores
+    from seer.cli.saved_run import load_run
+    from seer.run_directory import update_result
     from seer.shard_index import ShardList
 
     bank, queries = ShardList.open(given.train, given.index_dir), ShardList.open(given.val, given.index_dir)
@@ -59,7 +60,7 @@ def run(argv: list[str]) -> int:
         scores = _trained_only(given, saved, bank, queries)
     _say(given, {"run": given.run, "step": saved.step, "k": given.k, "temperature": given.temperature} | scores)
     if given.baselines:
-        note_scores(given.run, {name: score for name, score in scores.items() if name.startswith("knn_top1")})
+        update_result(given.run, {name: score for name, score in scores.items() if name.startswith("knn_top1")})
     return 0
 
 

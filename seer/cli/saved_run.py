@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,8 +13,7 @@ from seer.checkpoint.store import CheckpointStore
 from seer.compose import thaw
 from seer.config import TrainConfig
 from seer.errors import UserError
-from seer.run_directory import RunDirectory, checkpoints_of, read_result, read_run
-from seer.run_lock import RunLock
+from seer.run_directory import checkpoints_of, read_run
 
 _PREFIX = "model/backbone."
 
@@ -66,16 +63,3 @@ def untrained_backbone(config: TrainConfig) -> RegNetY:
     backbone = build.backbone(config, device=torch.device("cpu"), dtype=build.precision_of(config)[0])
     initialise(backbone, seed=config.seed)
     return backbone.eval()
-
-
-def note_scores(run_dir: str, scores: Mapping[str, float]) -> None:
-    """Adds scores to the result of a run that has ended; a living one has no result yet.
-
-    Raises:
-        UserError: the run has ended once and is living again.
-    """
-    if read_result(run_dir) is None:
-        return
-    folder = Path(run_dir).expanduser()
-    with RunDirectory(folder, read_run(run_dir), RunLock.take(folder / "run.lock")) as run:
-        run.update_result(scores)

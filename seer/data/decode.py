@@ -13,6 +13,10 @@ import numpy as np
 from PIL import Image
 from PIL.Image import Transpose
 
+# Pillow warns of what is refused or repaired here anyway. Once for the process: warnings.catch_warnings is not for
+# threads, and evaluation decodes in threads.
+warnings.filterwarnings("ignore", module="PIL")
+
 # AVIF is left out because pillow-simd lacks it: the same shards would give other batches.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
@@ -69,22 +73,20 @@ class OpenedImage:
         Raises:
             BadImage: the pixels cannot be decoded.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                if scale <= 0.5 and self._image.format == "JPEG":
-                    width, height = self._image.size
-                    # draft never goes below the size it is given.
-                    self._image.draft("RGB", (max(1, int(width * scale)), max(1, int(height * scale))))
-                self._image.load()
-                image = _rgb(self._image)
-                if self._orientation in _UPRIGHT:
-                    image = image.transpose(_UPRIGHT[self._orientation])
-                return image
-            except BadImage:
-                raise
-            except Exception as error:  # decoders raise whatever they like: SyntaxError, struct.error, MemoryError
-                raise BadImage(_reason(error, "undecodable")) from error
+        try:
+            if scale <= 0.5 and self._image.format == "JPEG":
+                width, height = self._image.size
+                # draft never goes below the size it is given.
+                self._image.draft("RGB", (max(1, int(width * scale)), max(1, int(height * scale))))
+            self._image.load()
+            image = _rgb(self._image)
+            if self._orientation in _UPRIGHT:
+                image = image.transpose(_UPRIGHT[self._orientation])
+            return image
+        except BadImage:
+            raise
+        except Exception as error:  # decoders raise whatever they like: SyntaxError, struct.error, MemoryError
+            raise BadImage(_reason(error, "undecodable")) from error
 
 
 def open_image(data: bytes) -> OpenedImage:
@@ -93,17 +95,15 @@ def open_image(data: bytes) -> OpenedImage:
     Raises:
         BadImage: with the reason.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            _refuse_size(width, height)
-            return OpenedImage(image, _orientation(image))
-        except BadImage:
-            raise
-        except Exception as error:
-            raise BadImage(_reason(error, "not_an_image")) from error
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        _refuse_size(width, height)
+        return OpenedImage(image, _orientation(image))
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(_reason(error, "not_an_image")) from error
 
 
 def decode(data: bytes) -> Image.Image:

@@ -101,7 +101,7 @@ class DataStream:
             flip_probability=flip_probability,
             photometric=photometric,
         )
-        self.batches_per_epoch = order.batches_per_epoch
+        self.batches_per_epoch, self.samples = order.batches_per_epoch, order.samples
         self._tasks, self._workers = _Tasks(assembler), workers
         self._running: list[Generator[Batch, None, None]] = []
         self._identity: dict[str, int | str | float | list[object]] = {

@@ -1,7 +1,8 @@
 """The running statistics of all BatchNorms of a network, as views of one flat buffer.
 
-A forward in training mode moves them before anybody knows whether the step is finite. One flat buffer makes it one clone
-before the forward and one ``where`` after the backward to take that back, and one all-reduce to average them over ranks.
+A forward in training mode moves them before anybody knows whether the step is finite. One flat buffer makes it one
+clone before the forward and one ``where`` after the backward to take that back, and one all-reduce to average them over
+ranks.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _rehome(places: list[tuple[nn.Module, str]]) -> Tensor:
         return torch.empty(0)
     flat = torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
     for (module, name), buffer, part in zip(
-        places, buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True
+        places, buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True
     ):
         setattr(module, name, part.view(buffer.shape))
     return flat

@@ -12,7 +12,8 @@ import torch
 from seer import build
 from seer.backbones.regnet import RegNetY
 from seer.checkpoint.store import CheckpointStore
-from seer.config import TrainConfig, freeze, resolve, validate
+from seer.config import Resolved, TrainConfig, freeze, resolve, validate
+from seer.data.stream import DataStream
 from seer.errors import UserError
 from seer.evaluation.online import OnlineEvaluation
 from seer.handoff.timm_format import Exported, export_timm, load_exported
@@ -53,7 +54,8 @@ def run(config: TrainConfig) -> Result:
         finished = run.finished()
         if finished is not None:
             stream.close()
-            print(f"{run.folder} is finished: {finished['steps']} steps; delete it or name another run_dir to train anew")
+            _conclude(run, finished)
+            print(f"{run.folder} is finished; delete it or name another run_dir to train anew")
             return Result(0, finished)
         state = _start(config, device, learning_rate)
         if init_from is not None:
@@ -73,6 +75,7 @@ def run(config: TrainConfig) -> Result:
             batches_per_epoch=stream.batches_per_epoch,
             bad_samples=state.bad_samples,
         )
+        _introduce(config, run, stream, state, device, resolved)
         stop = StopRequest()
         batches = stream.batches(state.batch_index)
         try:
@@ -151,12 +154,49 @@ def _evaluation(config: TrainConfig) -> OnlineEvaluation | None:
         max_query_images=settings.max_val_images,
         k=settings.k,
         temperature=settings.temperature,
+        dtype=build.precision_of(config)[0],
     )
 
 
 def _save(checkpoints: CheckpointStore, state: TrainState) -> None:
     position = {"step": state.step, "batch_index": state.batch_index, "bad_samples": state.bad_samples}
     checkpoints.save(state.step, state_tensors(state), position)
+
+
+def _introduce(
+    config: TrainConfig,
+    run: RunDirectory,
+    stream: DataStream,
+    state: TrainState,
+    device: torch.device,
+    resolved: dict[str, Resolved],
+) -> None:
+    """What is about to happen, and every derived value with its reason."""
+    weights = sum(parameter.numel() for parameter in state.learner.backbone.parameters())
+    print(
+        f"{run.folder}: {config.backbone.name} ({weights / 1e6:.2f} M weights) on {device.type}, "
+        f"{config.train.precision}, {stream.samples:,} images, batches of {config.train.global_batch_size}, "
+        f"{config.train.steps:,} steps ({config.train.steps / stream.batches_per_epoch:.1f} epochs)"
+    )
+    for key, (value, reason) in resolved.items():
+        if reason != "given":
+            print(f"  {key} = {value:g}: {reason}")
+    if state.step:
+        print(f"  going on from step {state.step:,}")
+
+
+def _conclude(run: RunDirectory, result: dict[str, Any]) -> None:
+    minutes, seconds = divmod(round(result["seconds"]), 60)
+    scores = f", kNN top-1 {result['knn_top1']:.1%}" if "knn_top1" in result else ""
+    loss = "not finite" if result["loss"] is None else f"{result['loss']:.3f}"
+    print(
+        f"{result['state']}: {result['steps']:,} steps in {minutes} min {seconds} s, "
+        f"loss {loss} (chance {result['chance']:.3f}){scores}"
+    )
+    for weights in result["exports"]:
+        print(f"weights for timm: {weights}")
+    if result["state"] != "finished":
+        print(f"the same command goes on from {run.checkpoints}")
 
 
 def _close(config: TrainConfig, run: RunDirectory, state: TrainState, watch: Watch) -> Result:
@@ -183,4 +223,5 @@ def _close(config: TrainConfig, run: RunDirectory, state: TrainState, watch: Wat
         )
         result["exports"] = [str(weights.resolve())]
     run.write_result(result)
+    _conclude(run, result)
     return Result(0 if finished else EXIT_STOPPED, result)

@@ -73,7 +73,7 @@ def train_step(state: TrainState, crops: list[Tensor], settings: StepSettings) -
     with torch.autocast(settings.device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
         outcome: Outcome = learner(crops)
     optimizer.zero_grad(set_to_none=True)
-    outcome.loss.backward()
+    outcome.loss.backward()  # type: ignore[no-untyped-call]
     learner.objective.after_backward(state.step)
     finite = _everything_finite(outcome.loss, learner)
     optimizer.step(finite=finite)

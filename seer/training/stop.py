@@ -13,8 +13,8 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: go on with the same command
 class StopRequest:
     """Listens for SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 while it is open.
 
-    The first one asks the loop to save and leave; a second one leaves at once. A handler must not save by itself: it runs
-    in the middle of whatever line is executing, a half-taken step included.
+    The first one asks the loop to save and leave; a second one leaves at once. A handler must not save by itself: it
+    runs in the middle of whatever line is executing, a half-taken step included.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -38,7 +38,9 @@ def test_a_run_leaves_what_the_documents_promise(tmp_path: Path, shards: str) ->
     assert outcome.exit_code == 0
     lines = [line for line in metrics(run) if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert {"images_seen", "chance", "lr", "images_per_s", "data_wait_share", "bad_samples", "skipped_steps"} <= set(lines[0])
+    assert {"images_seen", "chance", "lr", "images_per_s", "data_wait_share", "bad_samples", "skipped_steps"} <= set(
+        lines[0]
+    )
     assert {"assignment_entropy", "mean_assignment_entropy", "prototypes_in_use", "feature_std"} <= set(lines[0])
     assert [line["step"] for line in metrics(run) if "knn_top1" in line] == [3, 6]
     result = json.loads((run / "result.json").read_text())
@@ -102,7 +104,7 @@ def test_another_configuration_is_refused_and_nothing_is_lost(tmp_path: Path, sh
     run = tmp_path / "run"
     loop.run(tiny_config(run, shards))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="optimizer.weight_decay"):
+    with pytest.raises(UserError, match=r"optimizer\.weight_decay"):
         loop.run(tiny_config(run, shards, "optimizer.weight_decay=0.5"))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 

@@ -1,0 +1,31 @@
+"""The benchmarks run and say what they promise; what they measure is for a quiet machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_step_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    script = ROOT / "benchmarks" / "bench_step.py"
+    ran = subprocess.run(
+        [sys.executable, script, "--quick", "--model", "tiny", "--threads", "1", "--out", out],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout.splitlines()[-1])
+    assert told.keys() == {"tiny_ratio", "outside_backbone_share", "observer_overhead"}
+    assert told["outside_backbone_share"].keys() == {"tiny"}
+    written = json.loads(out.read_text())
+    assert written["summary"] == told
+    rows = written["models"]["tiny"]["rows"]
+    fair = [row["cpu_ratio"] for label, row in rows.items() if label != "each at its defaults"]
+    assert len(fair) == 4
+    assert told["tiny_ratio"] == round(min(fair), 3) > 0
