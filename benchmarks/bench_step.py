@@ -9,8 +9,8 @@ One step on a CPU, from float crops (2 of 96 pixels and 4 of 48 an image) to new
 loop as published (facebookresearch/swav), LARC a tensor at a time as in apex, torch's SGD. Both start with the same
 weights and get the same batch, precision and memory format; before anything is timed they must give the same losses.
 
-All contenders take turns in each round, and a ratio is the median of the rounds' ratios. Process CPU time decides:
-other processes disturb it less than the wall clock.
+The contenders of a row take turns in each round, and a ratio is the median of the rounds' ratios. Process CPU time
+decides: other processes disturb it less than the wall clock.
 """
 
 from __future__ import annotations
@@ -350,55 +350,54 @@ def median(times: list[Seconds], clock: str) -> float:
 
 
 def measure(model: str, batch: int, rounds: int) -> dict[str, Any]:
-    """All rows of one model."""
+    """All rows of one model, and the two shares at the default layout."""
+    default = default_layout()
+    # One layout after the other: oneDNN keeps 1024 compiled kernels, four layouts in turn have more, and then whoever
+    # comes first in a layout compiles anew in each round.
+    times = {layout: measure_layout(model, layout, batch, rounds, shares=layout == default) for layout in LAYOUTS}
+    bare = times[default]["ours"]
+    rows = {layout.label: row(times[layout]["ours"], times[layout]["baseline"], batch) for layout in LAYOUTS}
+    return {
+        "rows": rows | {"each at its defaults": row(bare, times[PLAIN]["baseline"], batch)},
+        "outside_backbone_share": 1 - ratio(times[default]["backbone"], bare, "cpu"),
+        "observer_overhead": ratio(times[default]["observed"], bare, "cpu") - 1,
+    }
+
+
+def measure_layout(model: str, layout: Layout, batch: int, rounds: int, *, shares: bool) -> dict[str, list[Seconds]]:
+    """Seconds of `ours` and `baseline`, and where shares are asked for of `backbone` and `observed`."""
     generator = torch.Generator().manual_seed(0)
-    plain_crops = [
-        torch.randn(count * batch, 3, size, size, generator=generator)
+    crops = [
+        torch.randn(count * batch, 3, size, size, generator=generator).contiguous(memory_format=layout.memory_format)
         for count, size in ((LARGE_CROPS, LARGE_SIZE), (SMALL_CROPS, SMALL_SIZE))
     ]
-    default = default_layout()
-    contenders: dict[str, Step] = {}
-    with ExitStack() as open_files:
-        for layout in LAYOUTS:
-            crops = [resolution.contiguous(memory_format=layout.memory_format) for resolution in plain_crops]
-            config = configuration(model, batch, layout.precision)
-            state, settings = our_state(config, layout)
-            baseline = public_step(config, layout, crops, state.learner)
-            ours = our_step(state, settings, learning_rate(config), crops)
-            check_same_losses(model, layout, ours, baseline)
-            contenders |= {f"ours {layout.label}": ours, f"baseline {layout.label}": baseline}
-            if layout == default:
-                watched, _ = our_state(config, layout)
-                watch = open_watch(config, watched, open_files)
-                contenders |= {
-                    "backbone": our_backbone(state, layout, crops),
-                    "observed": our_observed_step(watched, settings, learning_rate(config), crops, watch),
-                }
-                for name in ("backbone", "observed"):
-                    contenders[name]()
-        times = take_turns(contenders, rounds)
-    return summary(times, batch, default)
-
-
-def summary(times: dict[str, list[Seconds]], batch: int, default: Layout) -> dict[str, Any]:
-    pairs = [(layout.label, layout, layout) for layout in LAYOUTS] + [("each at its defaults", default, PLAIN)]
-    bare = times[f"ours {default.label}"]
-    return {
-        "rows": {
-            label: {
-                f"{side}_{clock}_images_per_s": batch / median(times[f"{side} {layout.label}"], clock)
-                for side, layout in (("ours", own), ("baseline", public))
-                for clock in Seconds._fields
-            }
-            | {
-                f"{clock}_ratio": ratio(times[f"baseline {public.label}"], times[f"ours {own.label}"], clock)
-                for clock in Seconds._fields
-            }
-            for label, own, public in pairs
-        },
-        "outside_backbone_share": 1 - ratio(times["backbone"], bare, "cpu"),
-        "observer_overhead": ratio(times["observed"], bare, "cpu") - 1,
+    config = configuration(model, batch, layout.precision)
+    rate = learning_rate(config)
+    state, settings = our_state(config, layout)
+    contenders = {
+        "baseline": public_step(config, layout, crops, state.learner),
+        "ours": our_step(state, settings, rate, crops),
     }
+    check_same_losses(model, layout, contenders["ours"], contenders["baseline"])
+    with ExitStack() as open_files:
+        if shares:
+            watched, _ = our_state(config, layout)
+            watch = open_watch(config, watched, open_files)
+            contenders["backbone"] = our_backbone(state, layout, crops)
+            contenders["observed"] = our_observed_step(watched, settings, rate, crops, watch)
+            for name in ("backbone", "observed"):
+                contenders[name]()
+        return take_turns(contenders, rounds)
+
+
+def row(ours: list[Seconds], baseline: list[Seconds], batch: int) -> dict[str, float]:
+    """Images a second of both and the ratio, by both clocks."""
+    found = {}
+    for clock in Seconds._fields:
+        found[f"ours_{clock}_images_per_s"] = batch / median(ours, clock)
+        found[f"baseline_{clock}_images_per_s"] = batch / median(baseline, clock)
+        found[f"{clock}_ratio"] = ratio(baseline, ours, clock)
+    return found
 
 
 # --- telling ---
@@ -437,7 +436,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--batch", type=int, default=32, help="images a step (default 32)")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each contender (default 15)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
+    # With several threads those that wait for the others spin, which counts as CPU time.
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1; more only on a quiet machine)")
     parser.add_argument("--quick", action="store_true", help="batch 8, two rounds: it runs, the times mean little")
     parser.add_argument("--out", type=Path, help="write everything that was measured as JSON")
     given = parser.parse_args()

@@ -178,7 +178,7 @@ class TrainSection:
     precision: str = "bf16"
     """Of the backbone: `bf16` (autocast), `fp32`, `fp64`. Scores, assignments and loss use at least float32."""
     threads: int | None = None
-    """Threads of torch on a CPU. Default: the number of cores."""
+    """Threads of torch on a CPU. Default: the cores that data.workers leave."""
     log_every_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
     init_from: str | None = None
@@ -302,10 +302,12 @@ def resolve(
     all_cores = cpu_count or granted or 1
     cores = max(1, all_cores // world_size)
     if device == "cpu":
-        # The network wants the same cores, and cutting crops is the smaller part of a step.
-        workers = Resolved(max(1, cores // 2), f"half of {cores} cores, which the network uses too")
+        # torch's threads wait for each other at every operation: one that shares its core with a worker slows all of
+        # them down (seen: 12 times, with 2 threads and 1 worker on 2 cores). So workers and threads share cores out.
+        workers = Resolved(cores // 4, f"a quarter of {cores} cores; the network's threads take the others")
     else:
         workers = Resolved(max(1, cores - 1), f"{cores} cores, one left for the training process")
+    threads = max(1, cores - (workers.value if config.data.workers is None else config.data.workers))
     whole_queue = Resolved(
         queue // batch * batch, f"{queue} rounded down to whole batches" if queue % batch else "given"
     )
@@ -316,9 +318,7 @@ def resolve(
         ),
         "optimizer.warmup_steps": Resolved(config.train.steps // 20, f"5 % of {config.train.steps} steps"),
         "data.workers": workers,
-        "train.threads": Resolved(
-            cores, f"{all_cores} cores for {world_size} {'process' if world_size == 1 else 'processes'}"
-        ),
+        "train.threads": Resolved(threads, f"{cores} cores a process, less those of the workers"),
         "objective.queue_images": whole_queue,
         "evaluation.size": Resolved(config.data.large.size, "as data.large.size"),
     }

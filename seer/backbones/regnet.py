@@ -134,7 +134,9 @@ class SqueezeExcitation(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(self.fc1(x.mean((2, 3), keepdim=True)), inplace=True)
+        # The mean, to the last bit, but its backward spreads a view where that of mean writes a full-sized tensor.
+        means = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        hidden = F.relu(self.fc1(means), inplace=True)
         return x * torch.sigmoid(self.fc2(hidden))
 
 

@@ -14,6 +14,10 @@ from seer.errors import UserError
 _Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
+# Where reading `finite` waits for nothing, so that the step needs no copies to fall back on.
+_HOSTS = ("cpu",)
+
+
 class LARC(Optimizer):
     """Layer-wise adaptive rate control (You, Gitman, Ginsburg 2017) as in apex and VISSL with `clip=False`.
 
@@ -74,44 +78,49 @@ class LARC(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None, *, finite: Tensor | None = None) -> None:  # type: ignore[override]
-        """Takes one step, without host synchronisation.
+        """Takes one step, without waiting for a device; gradients are scaled in place.
 
         Args:
             closure: not supported.
             finite: boolean scalar on the parameters' device, equal on all ranks; where it is false, weights and
                 momentum stay as they are to the last bit, whatever the gradients hold. None: take the step.
         """
+        if finite is not None and finite.device.type in _HOSTS:
+            if not finite:
+                return
+            finite = None
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            gradients: _Tensors = [p.grad for p in weights if p.grad is not None]
+            gradients = [p.grad for p in weights]
             if not group["exclude"]:
-                gradients = _scaled(weights, gradients, group["weight_decay"], group["trust_coefficient"], group["eps"])
+                _scale_(gradients, weights, group["weight_decay"], group["trust_coefficient"], group["eps"])
             buffers = [self.state[p]["momentum"] for p in weights]
-            moved = torch._foreach_mul(buffers, group["momentum"])
-            torch._foreach_add_(moved, gradients)
-            _replace(buffers, moved, finite)
-            _replace(weights, torch._foreach_add(weights, moved, alpha=-group["lr"]), finite)
+            if finite is None:
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, gradients)
+                torch._foreach_add_(weights, buffers, alpha=-group["lr"])
+            else:
+                moved = torch._foreach_mul(buffers, group["momentum"])
+                torch._foreach_add_(moved, gradients)
+                _replace(weights, torch._foreach_add(weights, moved, alpha=-group["lr"]), finite)
+                _replace(buffers, moved, finite)
 
 
-def _scaled(
-    weights: _Tensors, gradients: _Tensors, weight_decay: float, trust_coefficient: float, eps: float
-) -> _Tensors:
+def _scale_(
+    gradients: list[Tensor], weights: list[Tensor], weight_decay: float, trust_coefficient: float, eps: float
+) -> None:
     weight_norms = torch.stack(torch._foreach_norm(weights))
     gradient_norms = torch.stack(torch._foreach_norm(gradients))
-    adapts = (weight_norms != 0) & (gradient_norms != 0)
     rates = trust_coefficient * weight_norms / (gradient_norms + weight_decay * weight_norms + eps)
-    decays = adapts.to(rates.dtype) * weight_decay
-    scaled = torch._foreach_mul(weights, decays.unbind())
-    torch._foreach_add_(scaled, gradients)
-    torch._foreach_mul_(scaled, torch.where(adapts, rates, 1.0).unbind())
-    return scaled
+    # Where the weights are zero, so is their decay, and a rate of 1 leaves the gradient as it is; where the gradient is
+    # zero, a rate of 0 takes the decay away again.
+    rates = torch.where(weight_norms == 0, 1.0, torch.where(gradient_norms == 0, 0.0, rates))
+    torch._foreach_add_(gradients, weights, alpha=weight_decay)
+    torch._foreach_mul_(gradients, list(rates.unbind()))
 
 
-def _replace(old: _Tensors, new: _Tensors, finite: Tensor | None) -> None:
-    if finite is None:
-        torch._foreach_copy_(old, new)
-        return
+def _replace(old: list[Tensor], new: list[Tensor], finite: Tensor) -> None:
     for before, after in zip(old, new, strict=True):
         torch.where(finite, after, before, out=before)  # a multiplication by 0 would keep NaN

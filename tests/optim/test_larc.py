@@ -7,6 +7,7 @@ from host_sync import NoHostSync
 from torch import nn
 
 from seer.errors import UserError
+from seer.optim import larc
 from seer.optim.groups import parameter_groups
 from seer.optim.larc import LARC
 
@@ -25,6 +26,13 @@ GOLDEN = [
         [-1.25067394, -0.9990117769, -0.5896276205],
     ),
 ]
+
+
+@pytest.fixture(params=[True, False], ids=["host reads finite", "device keeps finite"], autouse=True)
+def both_ways(request, monkeypatch):
+    """Every test runs as on a CPU, where `finite` is read, and as on a device, where it is not waited for."""
+    if not request.param:
+        monkeypatch.setattr(larc, "_HOSTS", ())
 
 
 def golden_parameters():
@@ -125,7 +133,8 @@ def test_a_step_that_is_not_finite_changes_no_bit(dtype, poison):
     assert [optimizer.state[p]["momentum"].numpy().tobytes() for p in model.parameters()] == momentum
 
 
-def test_a_step_never_waits_for_the_device():
+def test_a_step_never_waits_for_the_device(monkeypatch):
+    monkeypatch.setattr(larc, "_HOSTS", ())
     model = network()
     optimizer = LARC(parameter_groups(model.named_parameters(), True), lr=0.1, momentum=0.9, weight_decay=0.01)
     for p in model.parameters():
