@@ -307,7 +307,7 @@ def test_every_experiment_composes_and_validates(experiment: str) -> None:
 OPTIONS = [f"{group}={option}" for group in set(groups()) - {"backbone", "experiment"} for option in groups()[group]]
 
 
-@pytest.mark.parametrize("choice", sorted([*OPTIONS, "backbone=16gf", "backbone=tiny_for_32px"]))
+@pytest.mark.parametrize("choice", sorted([*OPTIONS, "backbone=16gf", "backbone=for_32px"]))
 def test_choices_compose_and_validate(choice: str) -> None:
     validate(compose([*GIVEN, choice]))
 
