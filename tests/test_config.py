@@ -187,13 +187,13 @@ def test_learning_rate_follows_the_batch() -> None:
 @pytest.mark.parametrize(
     ("cpu_count", "world_size", "device", "workers", "threads"),
     [
-        (1, 1, "cpu", 1, 1),
-        (2, 1, "cpu", 1, 2),
-        (8, 1, "cpu", 4, 8),
-        (8, 4, "cpu", 1, 2),
-        (2, 4, "cpu", 1, 1),
-        (16, 1, "cuda", 15, 16),
-        (96, 8, "cuda", 11, 12),
+        (1, 1, "cpu", 0, 1),
+        (2, 1, "cpu", 0, 2),
+        (8, 1, "cpu", 2, 6),
+        (8, 4, "cpu", 0, 2),
+        (2, 4, "cpu", 0, 1),
+        (16, 1, "cuda", 15, 1),
+        (96, 8, "cuda", 11, 1),
     ],
 )
 def test_workers_and_threads(cpu_count: int, world_size: int, device: str, workers: int, threads: int) -> None:
