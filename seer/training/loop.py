@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from seer import build
-from seer.backbones.regnet import RegNetY
 from seer.checkpoint.store import CheckpointStore
 from seer.config import Resolved, TrainConfig, freeze, resolve, validate
 from seer.data.stream import DataStream
 from seer.errors import UserError
 from seer.evaluation.online import OnlineEvaluation
-from seer.handoff.timm_format import Exported, export_timm, load_exported
+from seer.handoff.timm_format import export_timm, load_exported
 from seer.observe.watch import Watch
 from seer.parallel.running_statistics import RunningStatistics
 from seer.run_directory import RunDirectory
@@ -48,7 +48,7 @@ def run(config: TrainConfig) -> Result:
     evaluation = _evaluation(config)
     learning_rate = resolved["optimizer.learning_rate"].value
     schedule = build.schedule(config, peak=learning_rate, warmup_steps=resolved["optimizer.warmup_steps"].value)
-    init_from = load_exported(Path(config.train.init_from)) if config.train.init_from else None
+    initial_weights = _initial_weights(config)
 
     with RunDirectory.open(config.run_dir, freeze(config), resolved=resolved, data=stream.identity()) as run:
         finished = run.finished()
@@ -58,12 +58,13 @@ def run(config: TrainConfig) -> Result:
             print(f"{run.folder} is finished; delete it or name another run_dir to train anew")
             return Result(0, finished)
         state = _start(config, device, learning_rate)
-        if init_from is not None:
-            _begin_from(state.learner.backbone, init_from, config.train.init_from)
+        if initial_weights is not None:
+            state.learner.backbone.load_state_dict(initial_weights, strict=True)
         checkpoints = CheckpointStore(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every_steps)
         newest = checkpoints.newest()
         if newest is not None:
             load_state(state, newest)
+        saved_step = None if newest is None else newest.step
         settings = _settings(config, device)
         watch = Watch(
             run,
@@ -99,8 +100,8 @@ def run(config: TrainConfig) -> Result:
                 if evaluation is not None and evaluating:
                     watch.record_evaluation(state.step, evaluation.score(state.learner.features, device))
                 if state.step % config.checkpoint.every_steps == 0:
-                    _save(checkpoints, state)
-            if newest is None or newest.step != state.step:
+                    saved_step = _save(checkpoints, state)
+            if saved_step != state.step:
                 _save(checkpoints, state)
         finally:
             stop.close()
@@ -119,14 +120,23 @@ def _start(config: TrainConfig, device: torch.device, learning_rate: float) -> T
     )
 
 
-def _begin_from(backbone: RegNetY, weights: Exported, file: str | None) -> None:
-    if weights.architecture != backbone.architecture():
+def _initial_weights(config: TrainConfig) -> dict[str, Tensor] | None:
+    """The weights that the backbone starts from, if any; refuses a learner that cannot be built, before a file is written.
+
+    Raises:
+        UserError: a shape that is no RegNet, or weights of another one.
+    """
+    architecture = build.learner(config, device=torch.device("meta")).backbone.architecture()
+    if config.train.init_from is None:
+        return None
+    weights = load_exported(Path(config.train.init_from))
+    if weights.architecture != architecture:
         raise UserError(
-            f"train.init_from={file} holds another architecture ({weights.architecture})",
-            f"weights fit the network that they were trained in, and this run's is {backbone.architecture()}",
+            f"train.init_from={config.train.init_from} holds another architecture ({weights.architecture})",
+            f"weights fit the network that they were trained in, and this run's is {architecture}",
             "set backbone.name (and strides) to the file's, or leave train.init_from out",
         )
-    backbone.load_state_dict(weights.tensors, strict=True)
+    return weights.tensors
 
 
 def _settings(config: TrainConfig, device: torch.device) -> StepSettings:
@@ -158,9 +168,10 @@ def _evaluation(config: TrainConfig) -> OnlineEvaluation | None:
     )
 
 
-def _save(checkpoints: CheckpointStore, state: TrainState) -> None:
+def _save(checkpoints: CheckpointStore, state: TrainState) -> int:
     position = {"step": state.step, "batch_index": state.batch_index, "bad_samples": state.bad_samples}
     checkpoints.save(state.step, state_tensors(state), position)
+    return state.step
 
 
 def _introduce(

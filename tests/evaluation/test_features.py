@@ -154,12 +154,14 @@ def test_precisions(tmp_path, dtype, weights, result):
     assert found.features.dtype == result and set(seen) == {dtype}
 
 
-def test_pixels_are_the_crop_itself(tmp_path):
+def test_pixels_are_the_normalised_crop(tmp_path):
     batches = list(labelled_crops(labelled(tmp_path), image_size=16, batch_size=5))
     found = pixel_features(batches)
-    assert found.features.shape == (12, 16 * 16 * 3) and found.features.dtype == torch.uint8
-    assert torch.equal(found.features[0], batches[0].crops[0].reshape(-1))
-    assert torch.equal(found.labels, features_of(flat, batches).labels)
+    assert found.features.shape == (12, 16 * 16 * 3)
+    image = np.concatenate([batch.crops.numpy() for batch in batches])[7] / 255
+    expected = ((image - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).reshape(-1)
+    assert np.allclose(found.features[7].double().numpy(), expected, atol=2e-3)
+
 
 
 def test_images_lie_channels_last(tmp_path):

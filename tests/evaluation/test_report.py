@@ -38,7 +38,8 @@ def test_baselines_and_their_table(tmp_path):
     text = console.file.getvalue()
     assert all(words in text for words in ("raw pixels", "untrained network", "trained network", "25.0%", "100.0%"))
     picture_of(found, tmp_path / "n.png", title="Neighbours", class_names=["red", "green", "blue", "yellow"])
-    assert Image.open(tmp_path / "n.png").format == "PNG"
+    with Image.open(tmp_path / "n.png") as picture:
+        assert picture.format == "PNG"
 
 
 def test_queries_are_of_different_classes():

@@ -98,6 +98,14 @@ def test_init_from_another_architecture_is_refused(tmp_path: Path, shards: str) 
     weights = loop.run(tiny_config(tmp_path / "first", shards)).result["exports"][0]
     with pytest.raises(UserError, match="architecture"):
         loop.run(tiny_config(tmp_path / "second", shards, f"train.init_from={weights}", "backbone.name=200mf"))
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_shape_that_is_no_regnet_leaves_nothing(tmp_path: Path, shards: str) -> None:
+    five = ("name=custom", "depth=4", "w0=32", "wa=1", "wm=2", "group_width=16")
+    with pytest.raises(UserError, match="stages"):
+        loop.run(tiny_config(tmp_path / "run", shards, *(f"backbone.{key}" for key in five)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_configuration_is_refused_and_nothing_is_lost(tmp_path: Path, shards: str) -> None:

@@ -1,0 +1,44 @@
+"""A run on each device. On a GPU: `make test PYTEST_ARGS='-m gpu'`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import make_shards, tiny_config
+
+from seer.training import loop
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_shards(tmp_path_factory.mktemp("device"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optimizer", ["adamw", "larc"])
+def test_a_run_of_each_precision_finishes(tmp_path: Path, shards: str, device: str, optimizer: str) -> None:
+    first = {}
+    for precision in ("fp64", "fp32", "bf16"):
+        run = tmp_path / precision
+        choice = (f"optimizer={optimizer}", f"train.device={device}", f"train.precision={precision}")
+        queue = ("objective.queue_images=16", "evaluation.every_steps=6")
+        evaluation = (f"evaluation.train={shards}", f"evaluation.val={shards}")
+        outcome = loop.run(tiny_config(run, shards, *choice, *queue, *evaluation))
+        assert outcome.exit_code == 0 and outcome.result["skipped_steps"] == 0
+        assert 0 <= outcome.result["knn_top1"] <= 1
+        first[precision] = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert first["fp32"] == pytest.approx(first["fp64"], rel=1e-4)
+    assert first["bf16"] == pytest.approx(first["fp64"], rel=0.05)
+
+
+@pytest.mark.gpu
+def test_the_first_loss_on_a_gpu_is_that_of_the_cpu(tmp_path: Path, shards: str) -> None:
+    losses = {}
+    for device in ("cpu", "cuda"):
+        torch.backends.cudnn.allow_tf32 = False
+        loop.run(tiny_config(tmp_path / device, shards, f"train.device={device}", "train.precision=fp64"))
+        losses[device] = json.loads((tmp_path / device / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-6)
