@@ -173,7 +173,7 @@ def image_features(
 
 
 def pixel_features(batches: Iterable[LabelledCrops]) -> LabelledFeatures:
-    """The baseline that knows nothing: the evaluation crop as a network is given it, one row of size x size x 3 numbers.
+    """The baseline that knows nothing: the evaluation crop as networks get it, in one row of size x size x 3 numbers.
 
     kNN brings rows to unit norm, so that this compares images by the cosine of their pixels after ImageNet's mean and
     deviation (bytes, which are all positive, would score lower: an easier baseline to beat). float16, to save memory.

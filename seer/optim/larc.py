@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -121,6 +122,6 @@ def _scale_(
     torch._foreach_mul_(gradients, list(rates.unbind()))
 
 
-def _replace(old: list[Tensor], new: list[Tensor], finite: Tensor) -> None:
+def _replace(old: Sequence[Tensor], new: Sequence[Tensor], finite: Tensor) -> None:
     for before, after in zip(old, new, strict=True):
         torch.where(finite, after, before, out=before)  # a multiplication by 0 would keep NaN

@@ -121,7 +121,7 @@ def _start(config: TrainConfig, device: torch.device, learning_rate: float) -> T
 
 
 def _initial_weights(config: TrainConfig) -> dict[str, Tensor] | None:
-    """The weights that the backbone starts from, if any; refuses a learner that cannot be built, before a file is written.
+    """The weights that the backbone starts from, if any; refuses what cannot be built before a file is written.
 
     Raises:
         UserError: a shape that is no RegNet, or weights of another one.

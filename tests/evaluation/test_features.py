@@ -14,7 +14,6 @@ from seer.errors import UserError
 from seer.evaluation.features import (
     chosen_samples,
     described,
-    features_of,
     image_features,
     labelled_crops,
     pixel_features,
@@ -161,7 +160,6 @@ def test_pixels_are_the_normalised_crop(tmp_path):
     image = np.concatenate([batch.crops.numpy() for batch in batches])[7] / 255
     expected = ((image - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).reshape(-1)
     assert np.allclose(found.features[7].double().numpy(), expected, atol=2e-3)
-
 
 
 def test_images_lie_channels_last(tmp_path):
