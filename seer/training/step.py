@@ -90,7 +90,7 @@ def _everything_finite(loss: Tensor, learner: Learner) -> Tensor:
     """Whether loss and all gradients of all ranks are finite: a boolean scalar on the device, equal on all ranks."""
     gradients = [parameter.grad for parameter in learner.parameters() if parameter.grad is not None]
     bad = (~torch.isfinite(loss.detach())).to(torch.float32).reshape(1)
-    # What torch's gradient scaler uses: one pass that scales by 1 and raises the flag where anything is not finite. Twenty
-    # times as fast on a CPU as norms (docs/LOG.md), and a large but finite gradient cannot overflow in it.
+    # What torch's gradient scaler uses: one pass that scales by 1 and raises the flag where anything is not finite. It
+    # is twenty times as fast on a CPU as norms (docs/LOG.md), and a large but finite gradient cannot overflow in it.
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, bad, torch.ones_like(bad))
     return distributed.all_finite(bad == 0)
