@@ -19,7 +19,7 @@ from seer.evaluation.online import OnlineEvaluation
 from seer.handoff.timm_format import export_timm, load_exported
 from seer.observe.watch import Watch
 from seer.parallel.running_statistics import RunningStatistics
-from seer.run_directory import RunDirectory
+from seer.run_directory import RunDirectory, checkpoints_of
 from seer.shard_index import ShardList
 from seer.training.state import TrainState, load_state, state_tensors
 from seer.training.step import StepSettings, float_crops, set_learning_rate, train_step
@@ -46,8 +46,8 @@ def run(config: TrainConfig) -> Result:
     torch.set_num_threads(resolved["train.threads"].value)
     stream = build.stream(config, workers=resolved["data.workers"].value)
     evaluation = _evaluation(config)
-    learning_rate = resolved["optimizer.learning_rate"].value
-    schedule = build.schedule(config, peak=learning_rate, warmup_steps=resolved["optimizer.warmup_steps"].value)
+    peak = resolved["optimizer.learning_rate"].value
+    schedule = build.schedule(config, peak=peak, warmup_steps=resolved["optimizer.warmup_steps"].value)
     initial_weights = _initial_weights(config)
 
     with RunDirectory.open(config.run_dir, freeze(config), resolved=resolved, data=stream.identity()) as run:
@@ -57,7 +57,7 @@ def run(config: TrainConfig) -> Result:
             _conclude(run, finished)
             print(f"{run.folder} is finished; delete it or name another run_dir to train anew")
             return Result(0, finished)
-        state = _start(config, device, learning_rate)
+        state = _start(config, device, peak)
         if initial_weights is not None:
             state.learner.backbone.load_state_dict(initial_weights, strict=True)
         checkpoints = CheckpointStore(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every_steps)
@@ -127,8 +127,8 @@ def _initial_weights(config: TrainConfig) -> dict[str, Tensor] | None:
         UserError: a shape that is no RegNet, or weights of another one.
     """
     architecture = build.learner(config, device=torch.device("meta")).backbone.architecture()
-    if config.train.init_from is None:
-        return None
+    if config.train.init_from is None or checkpoints_of(config.run_dir).exists():
+        return None  # a run that goes on has better weights, and may outlive the file
     weights = load_exported(Path(config.train.init_from))
     if weights.architecture != architecture:
         raise UserError(
