@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,6 @@ class Unit(NamedTuple):
 
     name: str
     module: nn.Module
-
-
-class Objective(Protocol):
-    """What a training objective offers the step; ``objectives.swav.SwAV`` is the first."""
-
-    def initialise(self, seed: int) -> None: ...
-    def after_backward(self, step: int) -> None: ...
-    def after_step(self, finite: Tensor, step: int) -> None: ...
 
 
 class Learner(nn.Module):

@@ -293,8 +293,8 @@ def resolve(
         device: where the network runs, `cpu` or `cuda`.
 
     Returns:
-        optimizer.learning_rate (float), optimizer.warmup_steps, data.workers, train.threads,
-        objective.queue_images, evaluation.size (int).
+        optimizer.learning_rate (float), optimizer.warmup_steps, data.workers, train.threads (int), and
+        objective.queue_images (int) where it is rounded.
     """
     batch, optimizer, queue = config.train.global_batch_size, config.optimizer, config.objective.queue_images
     # A container or a scheduler may grant fewer cores than the machine has; macOS cannot say.
@@ -308,9 +308,6 @@ def resolve(
     else:
         workers = Resolved(max(1, cores - 1), f"{cores} cores, one left for the training process")
     threads = max(1, cores - (workers.value if config.data.workers is None else config.data.workers))
-    whole_queue = Resolved(
-        queue // batch * batch, f"{queue} rounded down to whole batches" if queue % batch else "given"
-    )
     derived = {
         "optimizer.learning_rate": Resolved(
             optimizer.base_learning_rate * batch / 256,
@@ -319,9 +316,9 @@ def resolve(
         "optimizer.warmup_steps": Resolved(config.train.steps // 20, f"5 % of {config.train.steps} steps"),
         "data.workers": workers,
         "train.threads": Resolved(threads, f"{cores} cores a process, less those of the workers"),
-        "objective.queue_images": whole_queue,
-        "evaluation.size": Resolved(config.data.large.size, "as data.large.size"),
     }
+    if queue % batch:
+        derived["objective.queue_images"] = Resolved(queue // batch * batch, f"{queue} rounded down to whole batches")
     given = {
         "optimizer.learning_rate": optimizer.learning_rate,
         "optimizer.warmup_steps": optimizer.warmup_steps,
@@ -390,6 +387,12 @@ def _validate_data(data: DataConfig) -> None:
     _inside(low, colour.blur_min_sigma, 0, math.inf, open_below=True)
     _inside(high, colour.blur_max_sigma, 0, math.inf, open_below=True)
     _ordered(low, colour.blur_min_sigma, high, colour.blur_max_sigma)
+    if colour.blur_max_sigma > 2:
+        raise UserError(
+            f"{high}={colour.blur_max_sigma:g}",
+            "at most 2: the blur has 13 taps, which hold 3 standard deviations of that",
+            f"use {high}=2",
+        )
 
 
 def _validate_backbone(backbone: BackboneConfig) -> None:

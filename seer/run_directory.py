@@ -76,10 +76,11 @@ class RunDirectory:
                 agree, and ``data.shards`` may then be spelt differently: a moved folder holds the same data.
 
         Raises:
-            UserError: the folder cannot be written, is in use, or holds a run of another configuration; nothing that
-                was made here stays then.
+            UserError: the folder cannot be written, is in use, holds a run of another configuration or something else
+                than a run; nothing that was made here stays then.
         """
         folder = Path(os.path.abspath(os.path.expanduser(run_dir)))
+        _refuse_what_is_no_run(folder)
         made = _make(folder)
         try:
             lock = RunLock.take(folder / _LOCK)
@@ -204,6 +205,22 @@ def update_result(run_dir: str | Path, changes: Mapping[str, Any]) -> None:
     folder = Path(run_dir).expanduser()
     with RunDirectory(folder, read_run(run_dir), RunLock.take(folder / _LOCK)) as run:
         run.update_result(changes)
+
+
+def _refuse_what_is_no_run(folder: Path) -> None:
+    """Refuses a folder with somebody else's files; what a process leaves that died before it wrote config.yaml is none."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return  # there is nothing, or what `_make` refuses
+    ours = (".probe-", f".{_LOCK}.", f".{_CONFIG}.")
+    others = [name for name in names if name != _LOCK and not name.startswith(ours)]
+    if others and _CONFIG not in names:
+        raise UserError(
+            f"{folder} is no run and is not empty (it holds {others[0]})",
+            "a run needs a folder of its own",
+            "name another run_dir, one that does not exist yet",
+        )
 
 
 def _make(folder: Path) -> list[Path]:

@@ -95,7 +95,8 @@ def load_index(tar: Path, index_dir: Path | None = None) -> ShardIndex:
         raise UserError(f"{tar} has no index ({file})", "reading in random order needs one", again) from None
     except PermissionError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})", "it is the index of a shard", "check it") from None
-    except (ValueError, TypeError, AttributeError, LookupError, EOFError, OSError, zipfile.BadZipFile):
+    # RuntimeError, zlib.error: flags that say encrypted or compressed, or a method that zipfile does not know.
+    except (ValueError, TypeError, AttributeError, LookupError, EOFError, OSError, RuntimeError, *_ZIP_ERRORS):
         fits = False
     if not fits:
         raise UserError(f"{file} is damaged", "it is no index that this version can read", again)

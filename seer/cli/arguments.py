@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from seer.errors import UserError, closest
@@ -14,6 +17,22 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0 for `add_argument(type=...)`."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number greater than 0")
+    return number
+
+
+def path(text: str) -> Path:
+    """A path for `add_argument(type=...)`; ~ is the home folder (shells leave it alone in quotes and after `=`)."""
+    return Path(os.path.expanduser(text))
 
 
 class Arguments(argparse.ArgumentParser):

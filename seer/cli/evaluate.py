@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import sys
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seer.cli.arguments import Arguments, positive
+from seer.cli.arguments import Arguments, path, positive, positive_number
 from seer.errors import UserError, closest
 
 if TYPE_CHECKING:  # imports torch: only what runs may
@@ -19,7 +21,7 @@ if TYPE_CHECKING:  # imports torch: only what runs may
 
 HELP = """\
 Examples:
-  seer evaluate knn --run RUN --train 'LABELLED/train-*.tar' --val 'LABELLED/val-*.tar'
+  seer evaluate knn --run RUN --train 'LABELLED/train/*.tar' --val 'LABELLED/val/*.tar'
   seer evaluate knn --run RUN --train 'TRAIN/*.tar' --val 'VAL/*.tar' --json
   seer evaluate knn --run RUN --train 'TRAIN/*.tar' --val 'VAL/*.tar' --baselines --picture neighbours.png
 
@@ -49,6 +51,7 @@ def run(argv: list[str]) -> int:
     from seer.shard_index import ShardList
 
     bank, queries = ShardList.open(given.train, given.index_dir), ShardList.open(given.val, given.index_dir)
+    _same_classes_or_raise(bank, queries)
     saved = load_run(given.run)
     scores: dict[str, Any]
     if given.baselines or given.picture:
@@ -60,7 +63,10 @@ def run(argv: list[str]) -> int:
         scores = _trained_only(given, saved, bank, queries)
     _say(given, {"run": given.run, "step": saved.step, "k": given.k, "temperature": given.temperature} | scores)
     if given.baselines:
-        update_result(given.run, {name: score for name, score in scores.items() if name.startswith("knn_top1")})
+        try:
+            update_result(given.run, {name: score for name, score in scores.items() if name.startswith("knn_top1")})
+        except UserError as error:  # the scores are printed; whoever asked for them has them
+            print(f"seer: the scores are not noted in result.json: {error}", file=sys.stderr)
     return 0
 
 
@@ -76,17 +82,39 @@ def _arguments() -> Arguments:
         help="labelled shards, where neighbours are looked for",
     )
     add("--val", required=True, nargs="+", metavar="TARS", help="labelled shards whose classes are predicted")
-    add("--index-dir", type=Path, metavar="DIR", help="where the shards' indexes are (default: beside the tars)")
+    add("--index-dir", type=path, metavar="DIR", help="where the shards' indexes are (default: beside the tars)")
     add("--k", type=positive, default=20, help="neighbours that vote (20)")
-    add("--temperature", type=float, default=0.07, help="of the votes (0.07)")
+    add("--temperature", type=positive_number, default=0.07, help="of the votes (0.07)")
     add("--max-train", type=positive, metavar="N", help="at most so many images of --train, spread evenly (all)")
     add("--max-val", type=positive, metavar="N", help="at most so many images of --val (all)")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     baselines = "score raw pixels and the untrained network too; RUN/result.json of an ended run keeps the three scores"
     add("--baselines", action="store_true", help=baselines)
-    add("--picture", type=Path, metavar="FILE", help="draw queries with their nearest neighbours, a PNG")
+    add("--picture", type=path, metavar="FILE", help="draw queries with their nearest neighbours, a PNG")
     add("--next-steps", action="store_true", help="end with what to try on your own images")
     return arguments
+
+
+def _class_names(folder: Path) -> list[str] | None:
+    from seer.shards.manifest import class_names
+
+    with contextlib.suppress(UserError):  # shards made by others know numbers only
+        return class_names(folder)
+    return None
+
+
+def _same_classes_or_raise(bank: ShardList, queries: ShardList) -> None:
+    known, asked = (
+        {folder: names for folder in folders if (names := _class_names(folder))}
+        for folders in (dict.fromkeys(shard.path.parent for shard in shards.shards) for shards in (bank, queries))
+    )
+    for train, val in product(known, asked):
+        if known[train] != asked[val]:
+            raise UserError(
+                f"the classes of {train} (--train) and {val} (--val) differ",
+                "numbers of classes must mean the same in both",
+                f"pack the second with --classes {shlex.quote(str(train))}",
+            )
 
 
 def _trained_only(given: argparse.Namespace, saved: SavedRun, bank: ShardList, queries: ShardList) -> dict[str, Any]:
@@ -137,12 +165,8 @@ def _with_baselines(
 
 def _picture(out: Path, found: Baselines, queries: ShardList, title: str) -> None:
     from seer.evaluation.report import picture_of
-    from seer.shards.manifest import class_names
 
-    names = None
-    with contextlib.suppress(UserError):  # shards made by others know numbers only
-        names = class_names(queries.shards[0].path.parent)
-    picture_of(found, out, title=title, class_names=names)
+    picture_of(found, out, title=title, class_names=_class_names(queries.shards[0].path.parent))
 
 
 def _say(given: argparse.Namespace, found: dict[str, Any]) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from seer.cli.arguments import Arguments
+from seer.cli.arguments import Arguments, path
+from seer.errors import UserError
 
 HELP = """\
 Examples:
@@ -20,14 +19,17 @@ def run(argv: list[str]) -> int:
     arguments = Arguments("seer export", HELP)
     arguments.add_argument("--run", required=True, metavar="RUN", help="the run's folder")
     arguments.add_argument("--format", choices=["timm"], default="timm", help="whose names the weights have")
-    arguments.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file, *.safetensors")
+    arguments.add_argument("--out", required=True, type=path, metavar="FILE", help="the file, *.safetensors")
     given = arguments.parse(argv)
+    if given.out.suffix != ".safetensors":
+        example = given.out / "regnety.safetensors" if given.out.is_dir() else f"{given.out}.safetensors"
+        raise UserError(f"--out {given.out}", "timm chooses the loader by the ending .safetensors", f"use --out {example}")
     # torch is imported from here on, so that help and misspelt options answer at once.
     from seer.cli.saved_run import load_run
     from seer.handoff.timm_format import export_timm, timm_snippet
 
     saved = load_run(given.run)
-    out = export_timm(saved.backbone, given.out.expanduser(), image_size=saved.config.data.large.size, step=saved.step)
+    out = export_timm(saved.backbone, given.out, image_size=saved.config.data.large.size, step=saved.step)
     print(f"{out}: {saved.config.backbone.name}, step {saved.step}. To load it:\n")
     print(timm_snippet(saved.backbone.architecture(), out), end="")
     return 0

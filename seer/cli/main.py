@@ -36,7 +36,7 @@ VERBS = {
 _EXAMPLES = """\
 seer shards pack PHOTOS_DIR --out SHARDS_DIR
 seer train experiment=small data.shards='SHARDS_DIR/*.tar' run_dir=RUN
-seer evaluate knn --run RUN --train 'LABELLED/train-*.tar' --val 'LABELLED/val-*.tar'
+seer evaluate knn --run RUN --train 'LABELLED/train/*.tar' --val 'LABELLED/val/*.tar'
 seer export --run RUN --format timm --out regnety.safetensors
 """
 

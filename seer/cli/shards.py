@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
+from seer.cli.arguments import Arguments, path, positive
 from seer.errors import UserError, closest
 from seer.shards.processes import Progress, cores
 
@@ -56,24 +56,10 @@ exits with 2 if there is any.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are the one line of a UserError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(self.prog, message, f"see: {self.prog} --help")
-
-
-def _parser(verb: str, description: str) -> _Parser:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(f"seer shards {verb}", usage=argparse.SUPPRESS, description=description, formatter_class=form)
-    parser.add_argument("--workers", type=_positive, default=cores(), help="processes (default: one a core)")
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
+def _arguments(verb: str, examples: str) -> Arguments:
+    arguments = Arguments(f"seer shards {verb}", examples)
+    arguments.add_argument("--workers", type=positive, default=cores(), help="processes (default: one a core)")
+    return arguments
 
 
 def _bytes(text: str) -> int:
@@ -121,18 +107,18 @@ def _progress(doing: str) -> Iterator[Progress]:
 
 
 def _pack(argv: Sequence[str]) -> int:
-    parser = _parser("pack", _PACK)
-    parser.add_argument("folder", metavar="PHOTOS", type=Path, help="images in any depth")
-    parser.add_argument("--out", metavar="SHARDS", type=Path, required=True, help="a new folder for the tars")
+    arguments = _arguments("pack", _PACK)
+    arguments.add_argument("folder", metavar="PHOTOS", type=path, help="images in any depth")
+    arguments.add_argument("--out", metavar="SHARDS", type=path, required=True, help="a new folder for the tars")
     labels = "none, or folders: the first folder level is the class"
-    parser.add_argument("--labels", choices=("none", "folders"), default="none", help=labels)
-    parser.add_argument("--classes", metavar="SHARDS", type=Path, help="number classes as this folder of shards does")
-    sizes = parser.add_mutually_exclusive_group()
+    arguments.add_argument("--labels", choices=("none", "folders"), default="none", help=labels)
+    arguments.add_argument("--classes", metavar="SHARDS", type=path, help="number classes as this folder of shards does")
+    sizes = arguments.add_mutually_exclusive_group()
     sizes.add_argument("--size", metavar="BYTES", type=_bytes, default=256_000_000, help="of a tar, about (256MB)")
-    sizes.add_argument("--samples", metavar="N", type=_positive, help="images of a tar, instead of --size")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another order (0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a former pack of other images or options")
-    chosen = parser.parse_args(argv)
+    sizes.add_argument("--samples", metavar="N", type=positive, help="images of a tar, instead of --size")
+    arguments.add_argument("--seed", type=int, default=0, help="another seed, another order (0)")
+    arguments.add_argument("--overwrite", action="store_true", help="replace a former pack of other images or options")
+    chosen = arguments.parse(argv)
 
     from seer.shards import manifest
     from seer.shards.pack import pack
@@ -168,10 +154,10 @@ def _say_next(folder: Path, index_dir: Path | None = None) -> None:
 
 
 def _index(argv: Sequence[str]) -> int:
-    parser = _parser("index", _INDEX)
-    parser.add_argument("patterns", metavar="TARS", nargs="+", help="paths or quoted patterns")
-    parser.add_argument("--index-dir", type=Path, help="where the indexes go (default: beside the tars)")
-    chosen = parser.parse_args(argv)
+    arguments = _arguments("index", _INDEX)
+    arguments.add_argument("patterns", metavar="TARS", nargs="+", help="paths or quoted patterns")
+    arguments.add_argument("--index-dir", type=path, help="where the indexes go (default: beside the tars)")
+    chosen = arguments.parse(argv)
 
     from seer.shards.index import index
 
@@ -190,10 +176,10 @@ def _index(argv: Sequence[str]) -> int:
 
 
 def _verify(argv: Sequence[str]) -> int:
-    parser = _parser("verify", _VERIFY)
-    parser.add_argument("patterns", metavar="TARS", nargs="+", help="paths or quoted patterns")
-    parser.add_argument("--index-dir", type=Path, help="where the indexes are (default: beside the tars)")
-    chosen = parser.parse_args(argv)
+    arguments = _arguments("verify", _VERIFY)
+    arguments.add_argument("patterns", metavar="TARS", nargs="+", help="paths or quoted patterns")
+    arguments.add_argument("--index-dir", type=path, help="where the indexes are (default: beside the tars)")
+    chosen = arguments.parse(argv)
 
     from seer.shards.verify import verify
 

@@ -110,24 +110,28 @@ class BatchAssembler:
     ) -> list[BadSample]:
         bad: list[BadSample] = []
         # Headers first: the boxes of all images are then found in one go, and a JPEG is decoded no larger than needed.
-        opened: list[OpenedImage | None] = []
+        opened: list[OpenedImage | str] = []  # or why it cannot be decoded
         for shard, sample in places:
             try:
                 opened.append(open_image(read_sample(self._shards[shard], sample)))
             except BadImage as error:
                 bad.append(self._bad(shard, sample, error))
-                opened.append(None)
-        sizes = np.array([(1, 1) if image is None else image.size for image in opened], np.int64)
+                opened.append(error.reason)
+        sizes = np.array([(1, 1) if isinstance(image, str) else image.size for image in opened], np.int64)
         plan = crops.plan_crops(sizes, self._specs, numbers[start : start + len(places)], self._flip_probability)
         for index, (shard, sample) in enumerate(places):
-            image, opened[index] = opened[index], None  # one decoded image at a time
-            if image is not None:
+            image, opened[index] = opened[index], ""  # one decoded image at a time
+            if isinstance(image, str):
+                reason = image
+            else:
                 try:
                     self._cut(image, plan, index, out, start + index)
                     continue
                 except BadImage as error:
                     bad.append(self._bad(shard, sample, error))
-            bad += self._substitute(shard, sample, numbers[start + index : start + index + 1], out, start + index)
+                    reason = error.reason
+            row = start + index
+            bad += self._substitute(shard, sample, reason, numbers[row : row + 1], out, row)
         return bad
 
     def _cut(self, image: OpenedImage, plan: crops.CropPlan, index: int, out: Sequence[UInt8s], row: int) -> None:
@@ -135,7 +139,7 @@ class BatchAssembler:
         crops.cut_crops(pixels, image.size, plan.boxes[index], plan.flips[index], self._specs, out, row)
 
     def _substitute(
-        self, shard: int, sample: int, numbers: NDArray[np.float64], out: Sequence[UInt8s], row: int
+        self, shard: int, sample: int, reason: str, numbers: NDArray[np.float64], out: Sequence[UInt8s], row: int
     ) -> list[BadSample]:
         bad: list[BadSample] = []
         for other_shard, other in self._candidates(shard, sample):
@@ -148,11 +152,9 @@ class BatchAssembler:
             except BadImage as error:
                 bad.append(self._bad(other_shard, other, error))
         raise UserError(
-            f"shard {self._shards[shard].path}, sample {sample}",
-            f"neither it nor {len(bad)} others in its place are images that can be decoded ({bad[-1].reason})"
-            if bad
-            else "it cannot be decoded and there is no other",
-            "run `seer shards verify` on the shards",
+            f"shard {self._shards[shard].path}, sample {sample} cannot be decoded ({reason})",
+            f"nor can {len(bad)} others in its place (the last one: {bad[-1].reason})" if bad else "there is no other",
+            "pack the folder again without them",
         )
 
     def _candidates(self, shard: int, sample: int) -> Iterator[tuple[int, int]]:

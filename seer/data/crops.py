@@ -18,6 +18,8 @@ from PIL.Image import Resampling, Transpose
 # ImageNet's statistics. SwAV's own code has 0.228 for the first deviation, a slip.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+# Evaluation: the central square's side over the resized image's shorter side (224 and 256).
+CROP_SHARE = 0.875
 
 _TRIES = 10
 _LOG_RATIO = float(np.log(4 / 3))
@@ -132,7 +134,7 @@ def cut_crops(
 
 
 def evaluation_crop(image: Image.Image, size: int) -> UInt8s:
-    """The crop that evaluation sees: shorter side to round(size / 0.875), bilinear, then the central square.
+    """The crop that evaluation sees: shorter side to round(size / CROP_SHARE), bilinear, then the central square.
 
     Args:
         image: RGB.
@@ -140,7 +142,7 @@ def evaluation_crop(image: Image.Image, size: int) -> UInt8s:
     Returns:
         (size, size, 3) uint8.
     """
-    short = round(size / 0.875)
+    short = round(size / CROP_SHARE)
     resized = [short * side // min(image.size) for side in image.size]
     corner = [round((side - size) / 2) for side in resized]
     # One resize of the part that stays is the same as resizing everything and cutting: the filter sees beyond its box.

@@ -44,7 +44,7 @@ class ShardOrder:
         self.batches_per_epoch = self.samples // global_batch_size
         if self.batches_per_epoch == 0:
             raise UserError(
-                f"{self.samples} samples in {len(self.counts)} shards",
+                f"{self.samples} samples in {len(self.counts)} shard{'s' * (len(self.counts) != 1)}",
                 f"one batch needs {global_batch_size} (train.global_batch_size)",
                 "name more shards or take a smaller batch",
             )

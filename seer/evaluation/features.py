@@ -72,6 +72,15 @@ def chosen_samples(counts: NDArray[np.int64], max_images: int | None) -> tuple[N
     return shards, np.concatenate([*samples, np.empty(0, np.int64)]).astype(np.int64)
 
 
+def require_labels(shards: ShardList, max_images: int | None = None) -> None:
+    """Refuses shards in which an image that ``chosen_samples`` takes has no label; reads no tar.
+
+    Raises:
+        UserError: names the first such shard.
+    """
+    _labels(shards, *chosen_samples(shards.counts, max_images))
+
+
 def labelled_crops(
     shards: ShardList,
     *,
@@ -94,7 +103,7 @@ def labelled_crops(
     """
     shard_numbers, samples = chosen_samples(shards.counts, max_images)
     labels = _labels(shards, shard_numbers, samples)
-    found = 0
+    found, bad = 0, Counter[str]()
     with ThreadPoolExecutor(threads or _cores(), "seer-decode") as pool:
 
         def ask(start: int) -> list[Future[NDArray[np.uint8] | str]]:
@@ -111,16 +120,18 @@ def labelled_crops(
             kept = torch.tensor([not isinstance(crop, str) for crop in crops])
             asked = following
             found += len(good)
+            reasons = Counter(crop for crop in crops if isinstance(crop, str))
+            bad.update(reasons)
             yield LabelledCrops(
                 torch.from_numpy(np.stack(good))
                 if good
                 else torch.empty(0, image_size, image_size, 3, dtype=torch.uint8),
                 labels[start : start + batch_size][kept],
-                Counter(crop for crop in crops if isinstance(crop, str)),
+                reasons,
             )
     if not found:
-        what = f"no image of {shards.shards[0].path} and what else was named can be decoded"
-        raise UserError(what, "an evaluation needs images", "check the shards with: seer shards verify")
+        what = f"no image of {shards.shards[0].path} and what else was named can be decoded: {described(bad)}"
+        raise UserError(what, "an evaluation needs images", "pack the folder again without them")
 
 
 def features_of(

@@ -9,7 +9,15 @@ from collections.abc import Iterable
 import torch
 
 from seer.errors import UserError
-from seer.evaluation.features import Forward, LabelledCrops, LabelledFeatures, described, features_of, labelled_crops
+from seer.evaluation.features import (
+    Forward,
+    LabelledCrops,
+    LabelledFeatures,
+    described,
+    features_of,
+    labelled_crops,
+    require_labels,
+)
 from seer.evaluation.knn import knn_top1
 from seer.shard_index import ShardList
 
@@ -32,6 +40,9 @@ class OnlineEvaluation:
         batch_size: images a forward pass.
         dtype: of the network's computation, as in ``features_of``.
         threads: that decode; default: the cores of this process, at most 8.
+
+    Raises:
+        UserError: a negative `every_steps`, or images without labels among those that are taken.
     """
 
     def __init__(
@@ -59,6 +70,8 @@ class OnlineEvaluation:
         self._dtype = dtype
         self._threads = threads
         self._sets = {"bank": (bank, max_bank_images), "queries": (queries, max_query_images)}
+        for shards, max_images in self._sets.values():
+            require_labels(shards, max_images)  # a run must not find out at its first evaluation
         self._kept: dict[str, list[LabelledCrops]] = {}
         self._told: set[str] = set()
 
@@ -73,7 +86,7 @@ class OnlineEvaluation:
             ``knn_top1``, the share of queries whose class is predicted, in [0, 1]; ``evaluation_seconds``.
 
         Raises:
-            UserError: images without labels, or none that can be decoded.
+            UserError: no image that can be decoded.
         """
         began = time.perf_counter()
         bank, queries = (self._features(name, forward, device) for name in self._sets)

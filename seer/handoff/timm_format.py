@@ -19,10 +19,9 @@ from torch import Tensor
 
 from seer import __version__
 from seer.backbones.regnet import RegNetY
-from seer.data.crops import MEAN, STD
+from seer.data.crops import CROP_SHARE, MEAN, STD
 from seer.errors import UserError
-
-CROP_SHARE = 0.875  # the centre crop's side over the resized image's shorter side (256 and 224)
+from seer.files import sync_file, sync_folder
 
 _REQUIRED = ("depth", "w0", "wa", "wm", "group_width")
 
@@ -84,7 +83,8 @@ def load_exported(file: Path) -> Exported:
     """Reads what `export_timm` wrote.
 
     Raises:
-        UserError: no such file, no safetensors file, or one that does not say how its network is built.
+        UserError: no such file, no safetensors file, or one that does not say how its network is built or says in damaged
+            JSON how images are prepared.
     """
     if not file.is_file():
         raise UserError(
@@ -93,13 +93,13 @@ def load_exported(file: Path) -> Exported:
     try:
         with safe_open(file, framework="pt", device="cpu") as handle:
             metadata = handle.metadata() or {}
-            architecture = _architecture(metadata, file)
+            architecture, preprocessing = _architecture(metadata, file), _preprocessing_of(metadata, file)
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot read {file} ({error})", "weights are one whole safetensors file", "export or copy it again"
         ) from error
-    return Exported(architecture, json.loads(metadata.get("preprocessing", "{}")), tensors)
+    return Exported(architecture, preprocessing, tensors)
 
 
 def timm_snippet(architecture: Mapping[str, Any], path: Path | str) -> str:
@@ -150,9 +150,9 @@ def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], out:
             mode = partial.stat().st_mode
             save_file(tensors, partial, metadata=metadata)
             partial.chmod(mode)  # safetensors makes files that only their owner can read
-            _synchronise(partial)
+            sync_file(partial)
             os.replace(partial, out)
-            _synchronise(out.parent)
+            sync_folder(out.parent)
         finally:
             partial.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
@@ -161,14 +161,6 @@ def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], out:
             "its folder must be writable and have room",
             "choose another file or free space",
         ) from error
-
-
-def _synchronise(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _architecture(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
@@ -184,3 +176,18 @@ def _architecture(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
             "use a file that `seer export --format timm` wrote",
         )
     return dict(architecture)
+
+
+def _preprocessing_of(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
+    """How images are prepared; empty where the file does not say."""
+    try:
+        preprocessing = json.loads(metadata.get("preprocessing", "{}"))
+    except json.JSONDecodeError:
+        preprocessing = None
+    if not isinstance(preprocessing, dict):
+        raise UserError(
+            f"{file} does not say how images are prepared",
+            "`preprocessing` in its metadata is a JSON object",
+            "use a file that `seer export --format timm` wrote",
+        )
+    return preprocessing

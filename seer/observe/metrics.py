@@ -46,19 +46,23 @@ class MetricsFile:
             raise cannot_write(self.path, error) from None
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines that are whole, in order; none where there is no file."""
+        """All lines that are whole, in order; none where there is no file.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
         return [line for _, line in self._lines()]
 
     def cut_back(self, step: int) -> None:
         """Keep the lines up to and including a step: the run that goes on from there writes the later ones again.
 
         Raises:
-            UserError: the disk is full or cannot be written; the file is unchanged then.
+            UserError: the file cannot be read, or the disk is full or cannot be written; the file is unchanged then.
         """
-        if not self.path.exists():
-            return
-        kept = b"".join(raw + b"\n" for raw, line in self._lines() if line.get("step", 0) <= step)
         try:
+            if not self.path.exists():
+                return
+            kept = b"".join(raw + b"\n" for raw, line in self._lines() if line.get("step", 0) <= step)
             write_atomically(self.path, kept)
         except OSError as error:
             raise cannot_write(self.path, error) from None
@@ -68,6 +72,8 @@ class MetricsFile:
             whole = self.path.read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
         found = []
         for raw in whole:
             try:

@@ -57,13 +57,15 @@ class Progress:
         """
         words = [
             f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}",
-            f"loss {'not finite' if loss is None else f'{loss:.2f}'} (chance {self._chance:.2f})",
-            f"{images_per_s:.0f} images/s" if images_per_s >= 10 else f"{images_per_s:.1f} images/s",
-            f"waiting for data {data_wait_share:.0%}",
             f"{duration(seconds_left)} left",
+            f"loss {'not finite' if loss is None else f'{loss:.2f}'} (chance {self._chance:.2f})",
         ]
         if knn_top1 is not None:
             words.append(f"kNN {knn_top1:.1%}")
+        words += [
+            f"{images_per_s:.0f} images/s" if images_per_s >= 10 else f"{images_per_s:.1f} images/s",
+            f"waiting for data {data_wait_share:.0%}",
+        ]
         self._show("  ".join(words), share=step / self._total_steps if self._total_steps else 1.0)
 
     def close(self) -> None:
@@ -81,6 +83,9 @@ class Progress:
             # It is drawn when there is news and not by a thread of its own, which would cost the training time.
             self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=True, redirect_stderr=True)
             self._live.start()
+        if self._console.width < 110:  # what stands at the end of the line is worth more than the bar
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+            return
         bar = Text("━" * round(12 * share), style="green") + Text("━" * (12 - round(12 * share)), style="bright_black")
         text = bar + Text("  " + line)
         text.no_wrap, text.overflow = True, "ellipsis"

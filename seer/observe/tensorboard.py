@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seer.files import cannot_write
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -27,19 +29,33 @@ class TensorBoard:
         self._missing = False
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Add a point to the curve of every finite number."""
-        writer = self._open()
-        if writer is None:
-            return
-        for name, value in figures.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                writer.add_scalar(name, value, step)
+        """Add a point to the curve of every finite number.
+
+        Raises:
+            UserError: the disk is full or cannot be written.
+        """
+        try:
+            writer = self._open()
+            if writer is None:
+                return
+            for name, value in figures.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    writer.add_scalar(name, value, step)
+        except OSError as error:
+            raise cannot_write(self._folder, error) from None
 
     def close(self) -> None:
-        """Write out what is buffered."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Write out what is buffered.
+
+        Raises:
+            UserError: the disk is full or cannot be written.
+        """
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            try:
+                writer.close()
+            except OSError as error:
+                raise cannot_write(self._folder, error) from None
 
     def _open(self) -> SummaryWriter | None:
         if self._writer is None and not self._missing:

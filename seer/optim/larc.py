@@ -12,9 +12,6 @@ from torch.optim.optimizer import ParamsT
 
 from seer.errors import UserError
 
-_Tensors = list[Tensor] | tuple[Tensor, ...]
-
-
 # Where reading `finite` waits for nothing, so that the step needs no copies to fall back on.
 _HOSTS = ("cpu",)
 

@@ -173,7 +173,12 @@ def _write_manifests(shards: Sequence[ShardIndex], index_dir: Path | None) -> No
         entries |= {shard.path.name: manifest.entry(shard, shard.path.name) for shard in here}
         more = {word: value for word, value in (known or {}).items() if word not in ("format", "samples", "shards")}
         if list(entries.values()) != (known or {}).get("shards"):
-            manifest.write(folder, list(entries.values()), **more)
+            try:
+                manifest.write(folder, list(entries.values()), **more)
+            except OSError as error:
+                what = f"{folder / manifest.NAME} cannot be written ({error.strerror})"
+                remedy = "make its folder writable, or write the indexes elsewhere with --index-dir FOLDER"
+                raise UserError(what, "it lists the shards of a folder", remedy) from None
 
 
 def index(
@@ -190,7 +195,7 @@ def index(
         progress: called with bytes done and bytes in all.
 
     Raises:
-        UserError: nothing matches, a tar is compressed, an index cannot be written.
+        UserError: nothing matches, a tar is compressed, an index or a manifest cannot be written, a tar cannot be read.
         DamagedTar: after all other tars were indexed.
     """
     tars = expand_shards(patterns)
@@ -198,14 +203,15 @@ def index(
         _refuse_equal_names(tars)
         _make_folder(index_dir)
     left = [tar for tar in tars if not _is_valid(tar, index_dir)]
-    done, total = 0, sum(tar.stat().st_size for tar in left)
+    sizes = {tar: _size(tar) for tar in left}
+    done, total = 0, sum(sizes.values())
     oddities, damaged = Oddities(), list[DamagedTar]()
     for (tar, _), result in each(_make, [(tar, index_dir) for tar in left], workers):
         if isinstance(result, DamagedTar):
             damaged.append(result)
         else:
             oddities += result[1]
-        done += tar.stat().st_size
+        done += sizes[tar]
         progress(done, total)
     broken = {error.path for error in damaged}
     shards = [load_index(tar, index_dir) for tar in tars if tar not in broken]
@@ -215,6 +221,13 @@ def index(
         others = f" ({len(damaged) - 1} more tars are damaged)" if len(damaged) > 1 else ""
         raise DamagedTar(first.path, first.offset, first.why + others)
     return Indexed(shards, len(tars) - len(left), oddities)
+
+
+def _size(tar: Path) -> int:
+    try:
+        return tar.stat().st_size
+    except OSError as error:
+        raise UserError(f"{tar} cannot be read ({error.strerror})", "a shard is a tar file", "check the path") from None
 
 
 def _refuse_equal_names(tars: Sequence[Path]) -> None:

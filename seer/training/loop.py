@@ -194,6 +194,7 @@ def _introduce(
             print(f"  {key} = {value:g}: {reason}")
     if state.step:
         print(f"  going on from step {state.step:,}")
+    print(f"  first news after {config.train.log_every_steps} steps", flush=True)
 
 
 def _conclude(run: RunDirectory, result: dict[str, Any]) -> None:
@@ -204,6 +205,8 @@ def _conclude(run: RunDirectory, result: dict[str, Any]) -> None:
         f"{result['state']}: {result['steps']:,} steps in {minutes} min {seconds} s, "
         f"loss {loss} (chance {result['chance']:.3f}){scores}"
     )
+    if result["loss"] is not None and result["loss"] > 0.98 * result["chance"]:
+        print("the loss has not left chance: too few steps yet, or docs/troubleshooting.md, first section")
     for weights in result["exports"]:
         print(f"weights for timm: {weights}")
     if result["state"] != "finished":

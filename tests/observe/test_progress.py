@@ -28,8 +28,13 @@ def shown(*, terminal: bool, width: int = 200, loss: float | None = 3.2149) -> s
 
 
 def test_plain_lines_where_there_is_no_terminal():
-    line = "step {}/2000  loss 3.21 (chance 4.16)  412 images/s  waiting for data 3%  3 min 05 s left"
-    assert shown(terminal=False).splitlines() == [line.format("  10"), line.format("  20") + "  kNN 61.2%"]
+    line = "step {}/2000  3 min 05 s left  loss 3.21 (chance 4.16){}  412 images/s  waiting for data 3%"
+    assert shown(terminal=False).splitlines() == [line.format("  10", ""), line.format("  20", "  kNN 61.2%")]
+
+
+def test_what_one_wants_most_fits_in_80_columns():
+    text = shown(terminal=True, width=80)
+    assert "3 min 05 s left" in text and "kNN 61.2%" in text and "412 images/s" in text and "━" not in text
 
 
 def test_long_lines_are_not_broken_in_a_log():
