@@ -208,7 +208,7 @@ def update_result(run_dir: str | Path, changes: Mapping[str, Any]) -> None:
 
 
 def _refuse_what_is_no_run(folder: Path) -> None:
-    """Refuses a folder with somebody else's files; what a process leaves that died before it wrote config.yaml is none."""
+    """Refuses a folder of other files, except those of a process that died before it wrote config.yaml."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:

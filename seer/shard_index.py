@@ -13,6 +13,7 @@ import io
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,12 @@ from seer.errors import UserError
 from seer.files import write_atomically
 
 _FORMAT = 1
+# What numpy and zipfile raise for a damaged file. RuntimeError (NotImplementedError is one) and zlib.error: its flags
+# say that it is encrypted or compressed, or compressed in an unknown way.
+_DAMAGE = (
+    *(ValueError, TypeError, AttributeError, LookupError, EOFError, OSError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 _MAX_NAMES = 1_000_000  # a typing error such as {0..999999999} must not eat the memory
 
 
@@ -95,8 +102,7 @@ def load_index(tar: Path, index_dir: Path | None = None) -> ShardIndex:
         raise UserError(f"{tar} has no index ({file})", "reading in random order needs one", again) from None
     except PermissionError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})", "it is the index of a shard", "check it") from None
-    # RuntimeError, zlib.error: flags that say encrypted or compressed, or a method that zipfile does not know.
-    except (ValueError, TypeError, AttributeError, LookupError, EOFError, OSError, RuntimeError, *_ZIP_ERRORS):
+    except _DAMAGE:
         fits = False
     if not fits:
         raise UserError(f"{file} is damaged", "it is no index that this version can read", again)

@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 
-from seer.config import BACKBONES, BackboneConfig, DataConfig, TrainConfig, freeze, resolve, validate
+from seer.config import (
+    BACKBONES,
+    SMALLEST_EPSILON,
+    BackboneConfig,
+    DataConfig,
+    TrainConfig,
+    freeze,
+    resolve,
+    validate,
+)
 from seer.errors import UserError
+from seer.objectives import sinkhorn
 
 
 def valid(**values: Any) -> TrainConfig:
@@ -80,6 +90,7 @@ def test_accepted(values: dict[str, Any]) -> None:
         ({"data__photometric__grayscale_probability": -0.1}, "grayscale_probability=-0.1"),
         ({"data__photometric__hue": 0.6}, "at most 0.5"),
         ({"data__photometric__blur_min_sigma": 3.0}, "blur_min_sigma=3 with data.photometric.blur_max_sigma=2"),
+        ({"data__photometric__blur_max_sigma": 2.1}, "blur_max_sigma=2.1: at most 2: the blur has 13 taps"),
         ({"backbone__name": "400fm"}, "did you mean '400mf'?"),
         ({"backbone__name": "custom"}, "backbone.depth, backbone.w0, backbone.wa, backbone.wm, backbone.group_width"),
         ({**CUSTOM, "backbone__wm": None}, "without backbone.wm:"),
@@ -206,11 +217,12 @@ def test_workers_and_threads(cpu_count: int, world_size: int, device: str, worke
 def test_queue_holds_whole_batches() -> None:
     rounded = resolve(valid(objective__queue_images=1000), cpu_count=1)["objective.queue_images"]
     assert rounded == (768, "1000 rounded down to whole batches")
-    assert resolve(valid(objective__queue_images=1024), cpu_count=1)["objective.queue_images"].value == 1024
+    for whole in (0, 1024):
+        assert "objective.queue_images" not in resolve(valid(objective__queue_images=whole), cpu_count=1)
 
 
-def test_evaluation_uses_the_large_crop() -> None:
-    assert resolve(valid(data__large__size=160), cpu_count=1)["evaluation.size"].value == 160
+def test_epsilon_is_refused_where_sinkhorn_refuses_it() -> None:
+    assert SMALLEST_EPSILON == sinkhorn.SMALLEST_EPSILON
 
 
 def test_defaults_are_not_shared() -> None:

@@ -205,6 +205,22 @@ def test_files_of_a_run(tmp_path):
     ]
 
 
+def test_folder_of_other_files_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    os.utime(tmp_path, ns=(1, 1))
+    with pytest.raises(UserError, match=r"holds thesis\.tex\): a run needs a folder of its own"):
+        RunDirectory.open(tmp_path, CONFIG)
+    assert tmp_path.stat().st_mtime_ns == 1
+    assert os.listdir(tmp_path) == ["thesis.tex"] and (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_what_a_process_left_that_died_early_hinders_no_run(tmp_path):
+    for name in (".probe-7", "run.lock", ".run.lock.7.part", ".config.yaml.7.part"):
+        (tmp_path / name).touch()
+    RunDirectory.open(tmp_path, CONFIG).close()
+    assert read_run(tmp_path) == CONFIG
+
+
 def test_folder_that_is_no_run(tmp_path):
     with pytest.raises(UserError, match="is no run"):
         read_run(tmp_path)

@@ -84,6 +84,14 @@ def test_a_damaged_index_is_named_whatever_the_damage(tmp_path: Path) -> None:
     whole = file.read_bytes()
     damaged = [b"", b"no index", whole[:-1], whole[: len(whole) // 2]]
     damaged += [whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :] for at in range(0, len(whole), 23)]
+    # Flags and methods in each member's headers (local: PK 03 04, central: PK 01 02): encrypted, deflated, unknown.
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        places = [found.start() + flags for found in re.finditer(re.escape(mark), whole)]
+        damaged += [
+            whole[:at] + bytes([value]) + whole[at + 1 :]
+            for place in places
+            for at, value in ((place, 1), (place, 32), (place + 2, 8), (place + 2, 77))
+        ]
     for content in damaged:
         file.write_bytes(content)
         try:

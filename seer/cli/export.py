@@ -23,7 +23,9 @@ def run(argv: list[str]) -> int:
     given = arguments.parse(argv)
     if given.out.suffix != ".safetensors":
         example = given.out / "regnety.safetensors" if given.out.is_dir() else f"{given.out}.safetensors"
-        raise UserError(f"--out {given.out}", "timm chooses the loader by the ending .safetensors", f"use --out {example}")
+        raise UserError(
+            f"--out {given.out}", "timm chooses the loader by the ending .safetensors", f"use --out {example}"
+        )
     # torch is imported from here on, so that help and misspelt options answer at once.
     from seer.cli.saved_run import load_run
     from seer.handoff.timm_format import export_timm, timm_snippet

@@ -112,7 +112,9 @@ def _pack(argv: Sequence[str]) -> int:
     arguments.add_argument("--out", metavar="SHARDS", type=path, required=True, help="a new folder for the tars")
     labels = "none, or folders: the first folder level is the class"
     arguments.add_argument("--labels", choices=("none", "folders"), default="none", help=labels)
-    arguments.add_argument("--classes", metavar="SHARDS", type=path, help="number classes as this folder of shards does")
+    arguments.add_argument(
+        "--classes", metavar="SHARDS", type=path, help="number classes as this folder of shards does"
+    )
     sizes = arguments.add_mutually_exclusive_group()
     sizes.add_argument("--size", metavar="BYTES", type=_bytes, default=256_000_000, help="of a tar, about (256MB)")
     sizes.add_argument("--samples", metavar="N", type=positive, help="images of a tar, instead of --size")

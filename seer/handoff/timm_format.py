@@ -83,8 +83,8 @@ def load_exported(file: Path) -> Exported:
     """Reads what `export_timm` wrote.
 
     Raises:
-        UserError: no such file, no safetensors file, or one that does not say how its network is built or says in damaged
-            JSON how images are prepared.
+        UserError: no such file, no safetensors file, or one that does not say how its network is built, or says
+            in damaged JSON how images are prepared.
     """
     if not file.is_file():
         raise UserError(

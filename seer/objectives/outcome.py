@@ -14,7 +14,8 @@ class Outcome:
     Attributes:
         loss: scalar with a graph, at least float32: the mean over this rank's images (gradients are averaged over
             ranks).
-        figures: detached scalars on the device, by name; reading one waits for the device, so that is left to log steps.
+        figures: detached scalars on the device, by name; reading one waits for the device, so that is left to log
+            steps.
     """
 
     loss: Tensor

@@ -15,6 +15,7 @@ from seer import __version__
 from seer.cli import main as cli
 from seer.cli.main import VERBS, main
 from seer.cli.train import documentation
+from seer.compose import VERBS as RECOGNISED
 from seer.compose import groups, key_types
 from seer.errors import UserError
 
@@ -46,6 +47,10 @@ def test_help_names_every_verb_and_begins_with_commands(capsys: pytest.CaptureFi
     assert text.splitlines()[1].startswith("  seer shards pack")
     for name, verb in VERBS.items():
         assert f"  {name:10}{verb.summary}" in text
+
+
+def test_every_verb_is_recognised_in_a_wrong_place() -> None:
+    assert {*RECOGNISED} == {*VERBS}
 
 
 def test_help_answers_at_once() -> None:

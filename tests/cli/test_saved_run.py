@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from seer.cli.main import main
 from seer.cli.saved_run import load_run, untrained_backbone
 from seer.config import freeze
 from seer.handoff.timm_format import load_exported
-from seer.run_directory import RunDirectory, read_result
+from seer.run_directory import RunDirectory, read_result, read_run
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_baselines_enter_the_result_and_the_picture_is_drawn(
 
 
 @pytest.mark.parametrize(
-    "words", [["export", "--out", "w"], ["evaluate", "knn", "--train", "SHARDS", "--val", "SHARDS"]]
+    "words", [["export", "--out", "w.safetensors"], ["evaluate", "knn", "--train", "SHARDS", "--val", "SHARDS"]]
 )
 def test_what_is_no_run_is_refused(
     words: list[str], shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -115,4 +116,51 @@ def test_what_is_no_run_is_refused(
     with RunDirectory.open("young", freeze(tiny_config(Path("young"), "a.tar"))):
         assert main([*words, "--run", "young"]) == 2
     assert "no checkpoint yet" in capsys.readouterr().err
-    assert not (tmp_path / "w").exists()
+    assert not (tmp_path / "w.safetensors").exists()
+
+
+def test_scores_that_cannot_be_noted_are_told(run_dir: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "knn", "--run", str(run_dir), "--train", shards, "--val", shards, "--max-val", "4"]
+    with RunDirectory.open(run_dir, read_run(run_dir)):
+        assert main([*words, "--baselines", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "knn_top1_pixels" in json.loads(printed.out)
+    assert printed.err.startswith("seer: ") and "in use" in printed.err and printed.err.count("\n") == 1
+    assert "knn_top1" not in (read_result(run_dir) or {})
+
+
+def test_shards_whose_classes_differ_are_refused(
+    run_dir: Path, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, classes in (("val", ["dog", "cat"]), ("train", ["cat", "dog"]), ("unnamed", None)):
+        shutil.copytree(Path(shards).parent, tmp_path / name)
+        file = tmp_path / name / "manifest.json"
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps(content | {"classes": classes}))
+    words = ["evaluate", "knn", "--run", str(run_dir), "--train", f"{tmp_path}/train/*.tar", "--max-val", "4", "--val"]
+    assert main([*words, f"{tmp_path}/val/*.tar"]) == 2
+    assert f"pack the second with --classes {tmp_path}/train" in capsys.readouterr().err
+    for same in ("train", "unnamed"):
+        assert main([*words, f"{tmp_path}/{same}/*.tar"]) == 0
+
+
+@pytest.mark.parametrize("temperature", ["0", "-1", "nan", "inf", "warm"])
+def test_a_temperature_that_is_none_is_refused_first(temperature: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "knn", "--run", "none", "--train", "none", "--val", "none", "--temperature", temperature]
+    assert main(words) == 2
+    assert f"'{temperature}' is no number greater than 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("out", "example"), [("w.pth", "w.pth.safetensors"), (".", "regnety.safetensors")])
+def test_an_export_that_timm_would_not_load_is_refused(
+    out: str, example: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "--run", str(run_dir), "--out", out]) == 2
+    assert f"use --out {example}" in capsys.readouterr().err
+
+
+def test_the_home_folder(run_dir: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--run", "~/run", "--train", shards, "--val", shards, "--max-val", "4", "--picture", "~/n.png"]
+    assert main(["evaluate", "knn", *words]) == main(["export", "--run", "~/run", "--out", "~/w.safetensors"]) == 0
+    assert (tmp_path / "n.png").exists() and (tmp_path / "w.safetensors").exists()

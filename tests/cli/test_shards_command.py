@@ -65,7 +65,7 @@ def test_index_elsewhere_tells_how_to_train(tmp_path: Path, capsys: pytest.Captu
         (["pack", "x", "--out", "y", "--size", "0MB"], "is no size"),
         (["pack", "x", "--out", "y", "--workers", "0"], "is no positive whole number"),
         (["pack", "x", "--out", "y", "--samples", "5", "--size", "1MB"], "not allowed with"),
-        (["pack", "x", "--out", "y", "--wat"], "unrecognized arguments: --wat"),
+        (["pack", "x", "--out", "y", "--wat"], "seer shards pack --wat: there is no such option"),
         (["verify"], "required: TARS"),
         (["pack", "no-such-folder", "--out", "y"], "no-such-folder cannot be read"),
     ],
@@ -76,6 +76,14 @@ def test_wrong_words_are_one_line(words: list[str], told: str, tmp_path: Path, m
         run(words)
     assert told in str(caught.value).replace("no-such-folder", "no-such-folder") and "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_home_folder(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(["pack", "~/my photos", "--out", "~/out", "--labels", "folders", "--workers", "1"]) == 0
+    words = ["pack", "~/my photos", "--out", "~/more", "--labels", "folders", "--classes", "~/out", "--workers", "1"]
+    assert run(words) == run(["index", "~/out/*.tar", "--index-dir", "~/indexes", "--workers", "1"]) == 0
+    assert {"out", "more", "indexes"} <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("verb", ["pack", "index", "verify"])

@@ -189,8 +189,14 @@ def test_a_replacement_equals_the_follower_in_the_same_slot(tmp_path: Path) -> N
 
 def test_nothing_but_bad_images_is_one_error(tmp_path: Path) -> None:
     broken = {(0, sample): "not_an_image" for sample in range(6)}
-    with pytest.raises(UserError, match="can be decoded"):
+    with pytest.raises(UserError, match=r"decoded \(not_an_image\).*5 others.*pack the folder again"):
         take(open_stream(write_shards(tmp_path, counts=(6,), broken=broken)), 0, 1)
+
+
+def test_a_lone_bad_image_is_told_with_its_reason(tmp_path: Path) -> None:
+    images = write_shards(tmp_path, counts=(1,), broken={(0, 0): "truncated"})
+    with pytest.raises(UserError, match=r"sample 0 cannot be decoded \(truncated\): there is no other"):
+        take(open_stream(images, batch=1), 0, 1)
 
 
 def remove(path: Path) -> None:

@@ -58,7 +58,7 @@ def test_bad_images_are_left_out_and_counted(tmp_path):
 
 def test_nothing_but_bad_images(tmp_path):
     shards = ShardList([shard(tmp_path / "a.tar", [(b"no image", 1)] * 3)])
-    with pytest.raises(UserError, match=r"no image of .*a\.tar"):
+    with pytest.raises(UserError, match=r"no image of .*a\.tar.*not_an_image 3.*pack the folder again"):
         image_features(flat, shards, image_size=16)
 
 

@@ -53,6 +53,16 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     assert len(decoded) == 6
 
 
+def test_images_without_labels_are_refused_at_once_if_they_are_taken(tmp_path):
+    good = labelled(tmp_path / "good")
+    samples = [(coloured(0, number), -1 if number == 1 else 0) for number in range(4)]
+    lacking = ShardList([shard(tmp_path / "lacking.tar", samples)])
+    for bank, queries in ((lacking, good), (good, lacking)):
+        with pytest.raises(UserError, match=r"lacking\.tar holds images without labels"):
+            OnlineEvaluation(bank, queries, every_steps=1, image_size=16)
+    OnlineEvaluation(good, lacking, every_steps=1, image_size=16, max_query_images=1)  # takes the third
+
+
 def test_bad_images_are_said_once(tmp_path, capsys):
     bank = ShardList([shard(tmp_path / "a.tar", [(coloured(0, 0), 0), (b"no image", 1)])])
     evaluation = OnlineEvaluation(bank, labelled(tmp_path / "queries"), every_steps=1, image_size=16)

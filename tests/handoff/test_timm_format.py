@@ -187,6 +187,14 @@ class TestUnreadableInput:
         with pytest.raises(UserError, match=r"does not say how its network is built.*depth, w0, wa, wm, group_width"):
             load_exported(tmp_path / "a.safetensors")
 
+    @pytest.mark.parametrize("damaged", ['{"image_size": 6', "[]"])
+    def test_damaged_preprocessing(self, damaged: str, tmp_path: Path) -> None:
+        file = export_timm(regnety("tiny"), tmp_path / "a.safetensors", image_size=64)
+        metadata = _metadata(file) | {"preprocessing": damaged}
+        save_file({"a": torch.zeros(1)}, file, metadata=metadata)
+        with pytest.raises(UserError, match="does not say how images are prepared"):
+            load_exported(file)
+
 
 def test_an_export_initialises_a_network(tmp_path: Path) -> None:
     network = _randomised(regnety("tiny"))

@@ -84,3 +84,10 @@ def test_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         MetricsFile(tmp_path / "file" / "m.jsonl").write({"step": 1})
+
+
+def test_place_that_cannot_be_read(tmp_path):
+    (tmp_path / "m.jsonl").mkdir()
+    for look in (MetricsFile(tmp_path / "m.jsonl").read, lambda: MetricsFile(tmp_path / "m.jsonl").cut_back(3)):
+        with pytest.raises(UserError, match=r"m\.jsonl cannot be written \(Is a directory\)"):
+            look()

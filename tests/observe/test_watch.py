@@ -1,8 +1,10 @@
 """What is written of a run, and that looking costs nothing between log steps."""
 
+import errno
 import io
 import json
 import math
+import os
 import sys
 from types import SimpleNamespace
 
@@ -10,8 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from seer.errors import UserError
 from seer.observe.metrics import MetricsFile
 from seer.observe.progress import Progress
+from seer.observe.tensorboard import TensorBoard
 from seer.observe.watch import Watch
 from seer.run_directory import RunDirectory
 
@@ -178,3 +182,24 @@ def test_without_tensorboard_one_line_says_how_to_get_it(run, monkeypatch, capsy
     watch.close()
     assert capsys.readouterr().err.count("pip install 'seer[tensorboard]'") == 1
     assert len(MetricsFile(run.metrics).read()) == 2
+
+
+def test_curves_that_cannot_be_written_are_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/tensorboard cannot be written"):
+        TensorBoard(tmp_path / "file" / "tensorboard").write(1, {"loss": 1.0})
+
+
+def test_buffered_curves_that_meet_a_full_disk_are_told(tmp_path, monkeypatch):
+    curves = TensorBoard(tmp_path)
+    curves.write(1, {"loss": 1.0})
+    writer = curves._writer
+    close = writer.close
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, "close", full)
+    with pytest.raises(UserError, match="No space left"):
+        curves.close()
+    close()

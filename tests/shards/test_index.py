@@ -163,6 +163,17 @@ def test_a_folder_that_cannot_be_written_is_told_with_the_way_out(
         index([str(tar)], Path("/proc/nothing"))
 
 
+def test_a_manifest_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar = write(tmp_path / "a.tar", ("a.jpg", b"1"))
+
+    def refuse(*_: object, **more: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(manifest, "write", refuse)
+    with pytest.raises(UserError, match=r"manifest\.json cannot be written \(Read-only.*--index-dir"):
+        index([str(tar)])
+
+
 def test_a_damaged_tar_is_told_after_the_others_were_indexed(tmp_path: Path) -> None:
     for name in "abcd":
         write(tmp_path / f"{name}.tar", (f"{name}.jpg", b"1"))
