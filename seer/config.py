@@ -372,7 +372,7 @@ def _validate_data(data: DataConfig) -> None:
     _at_least("data.small.count", data.small.count, 0)
     for name, crops in (("large", data.large), ("small", data.small)):
         key = f"data.{name}"
-        _at_least(f"{key}.size", crops.size, 8)
+        _inside(f"{key}.size", crops.size, 8, 4096)
         _inside(f"{key}.min_area", crops.min_area, 0, 1, open_below=True)
         _inside(f"{key}.max_area", crops.max_area, 0, 1, open_below=True)
         _ordered(f"{key}.min_area", crops.min_area, f"{key}.max_area", crops.max_area)

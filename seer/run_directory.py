@@ -89,7 +89,8 @@ class RunDirectory:
             raise
         try:
             frozen = _freeze(config, resolved, data)
-            _agree_or_raise(folder, _load(folder), frozen)
+            if _has_begun(folder):  # a run that ended before its first step binds nobody
+                _agree_or_raise(folder, _load(folder), frozen)
             _write(folder / _CONFIG, _HEAD + yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True, width=120))
         except BaseException:
             lock.release()
@@ -259,14 +260,19 @@ def _freeze(
     config: Mapping[str, Any], resolved: Mapping[str, Any] | None, data: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     plain = _without_secrets(config)
-    canonical = json.dumps(plain, sort_keys=True).encode()
-    frozen: dict[str, Any] = {"hash": hashlib.sha256(canonical).hexdigest(), "config": plain}
+    frozen: dict[str, Any] = {"config": plain}
+    frozen = {"hash": _hash(frozen)} | frozen
     if resolved:
         frozen["resolved"] = {key: {"value": at.value, "reason": at.reason} for key, at in resolved.items()}
     if data:
         # Through JSON, so that tuples and lists compare alike after reading.
         frozen["data"] = json.loads(json.dumps(dict(data)))
     return frozen
+
+
+def _hash(frozen: Mapping[str, Any]) -> str:
+    """SHA-256 of the configuration: tells a file that was cut or edited."""
+    return hashlib.sha256(json.dumps(frozen["config"], sort_keys=True).encode()).hexdigest()
 
 
 def _without_secrets(value: Any) -> Any:
@@ -292,9 +298,13 @@ def _load(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{file} cannot be read ({error.strerror})", "it is a run's configuration", remedy) from None
     except (yaml.YAMLError, UnicodeDecodeError):
         found = None
-    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+    if not isinstance(found, dict) or not isinstance(found.get("config"), dict) or _hash(found) != found.get("hash"):
         raise UserError(f"{file} is no configuration of a run", "it is written by seer and not edited", remedy)
     return found
+
+
+def _has_begun(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "result.json"))
 
 
 def _agree_or_raise(folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
@@ -308,6 +318,9 @@ def _agree_or_raise(folder: Path, before: dict[str, Any] | None, now: dict[str, 
         for key in dict.fromkeys([*old, *new])
         if _binds(key, data_known=known) and old.get(key, _ABSENT) != new.get(key, _ABSENT)
     ]
+    # What the batches are made of follows from the configuration: it is named only where the shards themselves changed.
+    named = [line for line in differing if not line.startswith("data: ")]
+    differing = named or [line.replace("data: index_digest", "data.shards, contents") for line in differing]
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UserError(

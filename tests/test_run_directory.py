@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,12 @@ def test_configuration_comes_back_as_it_was(tmp_path):
     assert sorted(os.listdir(run.folder)) == ["config.yaml"]
 
 
+def begun(folder, config, **more):
+    """A run that has taken a step."""
+    with RunDirectory.open(folder, config, **more) as run:
+        run.metrics.touch()
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -64,7 +71,7 @@ def test_configuration_comes_back_as_it_was(tmp_path):
     ],
 )
 def test_another_identity_is_refused_by_name(tmp_path, key, value):
-    RunDirectory.open(tmp_path, CONFIG).close()
+    begun(tmp_path, CONFIG)
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=rf"{key}: .* -> .*another run_dir.*delete"):
         RunDirectory.open(tmp_path, changed(key, value))
@@ -90,18 +97,33 @@ def test_other_keys_may_change_and_are_recorded(tmp_path, key, value):
 
 
 def test_at_most_five_differences_are_listed(tmp_path):
-    RunDirectory.open(tmp_path, {"seed": 0, "backbone": {str(i): i for i in range(7)}}).close()
+    begun(tmp_path, {"seed": 0, "backbone": {str(i): i for i in range(7)}})
     with pytest.raises(UserError, match="and 2 more") as caught:
         RunDirectory.open(tmp_path, {"seed": 0, "backbone": {str(i): i + 1 for i in range(7)}})
     assert caught.value.what.count("->") == 5
 
 
 def test_moved_shards_are_the_same_data_if_their_digest_is(tmp_path):
-    RunDirectory.open(tmp_path, CONFIG, data={"digest": "ab", "areas": [(0.1, 1.0)]}).close()
+    begun(tmp_path, CONFIG, data={"index_digest": "ab", "areas": [(0.1, 1.0)]})
     moved = changed("data.shards", ["/elsewhere/a-{0..3}.tar"])
-    RunDirectory.open(tmp_path, moved, data={"digest": "ab", "areas": [(0.1, 1.0)]}).close()
-    with pytest.raises(UserError, match="data: digest: ab -> cd"):
-        RunDirectory.open(tmp_path, moved, data={"digest": "cd", "areas": [(0.1, 1.0)]})
+    RunDirectory.open(tmp_path, moved, data={"index_digest": "ab", "areas": [(0.1, 1.0)]}).close()
+    with pytest.raises(UserError, match=r"data\.shards, contents: ab -> cd"):
+        RunDirectory.open(tmp_path, moved, data={"index_digest": "cd", "areas": [(0.1, 1.0)]})
+
+
+def test_a_run_that_took_no_step_binds_nobody(tmp_path):
+    RunDirectory.open(tmp_path, CONFIG).close()
+    RunDirectory.open(tmp_path, changed("seed", 4)).close()
+    assert read_run(tmp_path) == changed("seed", 4)
+
+
+def test_a_cut_or_edited_configuration_is_noticed(tmp_path):
+    begun(tmp_path, CONFIG)
+    file = tmp_path / "config.yaml"
+    edited = re.sub(r"seed: \d+", "seed: 77", file.read_text())
+    file.write_text(edited)
+    with pytest.raises(UserError, match="no configuration of a run"):
+        read_run(tmp_path)
 
 
 def test_signed_urls_are_not_saved(tmp_path):

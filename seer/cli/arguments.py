@@ -35,6 +35,13 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def png(text: str) -> Path:
+    """The path of a picture for `add_argument(type=...)`."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a PNG: it ends in .png")
+    return path(text)
+
+
 class Arguments(argparse.ArgumentParser):
     """A parser of one verb; its help is the examples, then the options.
 

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seer.cli.arguments import Arguments, path, positive, positive_number
+from seer.cli.arguments import Arguments, path, png, positive, positive_number
 from seer.errors import UserError, closest
 
 if TYPE_CHECKING:  # imports torch: only what runs may
@@ -90,7 +90,7 @@ def _arguments() -> Arguments:
     add("--json", action="store_true", help="print one JSON object and nothing else")
     baselines = "score raw pixels and the untrained network too; RUN/result.json of an ended run keeps the three scores"
     add("--baselines", action="store_true", help=baselines)
-    add("--picture", type=path, metavar="FILE", help="draw queries with their nearest neighbours, a PNG")
+    add("--picture", type=png, metavar="FILE", help="draw queries with their nearest neighbours, a PNG")
     add("--next-steps", action="store_true", help="end with what to try on your own images")
     return arguments
 

@@ -8,6 +8,7 @@ output; 1, with a traceback, a bug.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import select
@@ -32,6 +33,9 @@ VERBS = {
     "evaluate": Verb("score a run's features on labelled shards", "seer.cli.evaluate"),
     "export": Verb("write a run's weights as a file that timm loads", "seer.cli.export"),
 }
+
+# What the machine refuses and a user can mend, wherever it surfaces.
+_ENVIRONMENT = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 _EXAMPLES = """\
 seer shards pack PHOTOS_DIR --out SHARDS_DIR
@@ -65,6 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _output_is_gone():
             raise
         return 141
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            raise
+        what = f"{str(error.filename)[:80]}: " if error.filename else ""
+        print(f"seer: {what}{error.strerror}: give a place that can be written, and a shorter name", file=sys.stderr)
+        return 2
 
 
 def _dispatch(words: list[str]) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import json
+import signal
+import sys
 import textwrap
 import typing
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from seer import config as schema
+from seer.cli.steadfast import Steadfast
 from seer.compose import compose, flat, groups, key_types
 from seer.config import TrainConfig, freeze, validate
 
@@ -37,9 +41,20 @@ def run(argv: list[str]) -> int:
     if "--print-config" in argv:
         print(yaml.safe_dump(freeze(config), sort_keys=False, allow_unicode=True, width=120), end="")
         return 0
-    from seer.training import loop  # imports torch, and so comes after everything that can be refused without it
+    before = signal.signal(signal.SIGTERM, _stopped_before_it_began)
+    try:
+        from seer.training import loop  # imports torch, and so comes after everything that can be refused without it
 
-    return loop.run(config).exit_code
+        with contextlib.redirect_stdout(Steadfast(sys.stdout)):
+            return loop.run(config).exit_code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stopped_before_it_began(number: int, frame: object) -> None:
+    """The run's own handler takes over as soon as there is something to save."""
+    print("seer: SIGTERM before the first step: nothing to save", file=sys.stderr)
+    raise SystemExit(75)
 
 
 def help_text() -> str:

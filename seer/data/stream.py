@@ -171,6 +171,17 @@ class DataStream:
         yield from iterator
 
 
+def lost_worker(error: RuntimeError) -> UserError | None:
+    """What to say when torch tells, in whatever line of the main process is running, that a data worker was killed."""
+    if "DataLoader worker" not in str(error):
+        return None
+    return UserError(
+        str(error).splitlines()[0],
+        "a data worker that is killed takes its batch with it; mostly memory ran out",
+        "run the same command again, with fewer data.workers",
+    )
+
+
 class _Tasks(Dataset[Batch | UserError]):
     """Number of a batch -> batch. A user's error travels as a value: torch would wrap it in a worker's traceback."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from seer import build
 from seer.checkpoint.store import CheckpointStore
 from seer.config import Resolved, TrainConfig, freeze, resolve, validate
-from seer.data.stream import DataStream
+from seer.data.stream import DataStream, lost_worker
 from seer.errors import UserError
 from seer.evaluation.online import OnlineEvaluation
 from seer.handoff.timm_format import export_timm, load_exported
@@ -103,6 +103,10 @@ def run(config: TrainConfig) -> Result:
                     saved_step = _save(checkpoints, state)
             if saved_step != state.step:
                 _save(checkpoints, state)
+        except RuntimeError as error:
+            if lost := lost_worker(error):
+                raise lost from None
+            raise
         finally:
             stop.close()
             stream.close()
@@ -191,7 +195,7 @@ def _introduce(
     )
     for key, (value, reason) in resolved.items():
         if reason != "given":
-            print(f"  {key} = {value:g}: {reason}")
+            print(f"  {key} = {value}: {reason}")
     if state.step:
         print(f"  going on from step {state.step:,}")
     print(f"  first news after {config.train.log_every_steps} steps", flush=True)
