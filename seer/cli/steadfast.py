@@ -37,4 +37,7 @@ class Steadfast(io.TextIOBase):
             act()
         except OSError as error:
             print(f"seer: standard output is gone ({error.strerror}); the run goes on without it", file=sys.stderr)
-            self._stream = open(os.devnull, "w")  # noqa: SIM115  # stands in until the process ends
+            # The descriptor itself: what the stream still holds back must find a way out when the process ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
