@@ -140,7 +140,7 @@ def learner(config: TrainConfig, *, device: torch.device) -> Learner:
 
 
 def channels_last(device: torch.device) -> bool:
-    """Convolutions run channels-last on a CPU (1.2 to 1.5 times as fast in float32, 1.5 to 1.6 in bfloat16: docs/benchmarks).
+    """Convolutions run channels-last on a CPU: 1.2 to 1.6 times as fast (docs/benchmarks).
 
     Not on a GPU: grouped convolutions train up to three times slower that way with some versions of cuDNN.
     """
