@@ -272,7 +272,7 @@ def _freeze(
 
 def _hash(frozen: Mapping[str, Any]) -> str:
     """SHA-256 of the configuration: tells a file that was cut or edited."""
-    return hashlib.sha256(json.dumps(frozen["config"], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(frozen["config"], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _without_secrets(value: Any) -> Any:

@@ -118,6 +118,10 @@ class CheckpointStore:
             raise
         return target
 
+    def is_empty(self) -> bool:
+        """Whether no checkpoint was ever published here; none is verified, and a save that failed leaves none."""
+        return not self._steps()
+
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, or None where none was ever saved.
 

@@ -131,7 +131,7 @@ def _initial_weights(config: TrainConfig) -> dict[str, Tensor] | None:
         UserError: a shape that is no RegNet, or weights of another one.
     """
     architecture = build.learner(config, device=torch.device("meta")).backbone.architecture()
-    if config.train.init_from is None or checkpoints_of(config.run_dir).exists():
+    if config.train.init_from is None or not CheckpointStore(checkpoints_of(config.run_dir)).is_empty():
         return None  # a run that goes on has better weights, and may outlive the file
     weights = load_exported(Path(config.train.init_from))
     if weights.architecture != architecture:

@@ -94,6 +94,12 @@ def test_a_run_starts_from_exported_weights(tmp_path: Path, shards: str) -> None
     assert all(torch.allclose(expected[name], found[name], atol=1e-6) for name in convolutions)
 
 
+def test_a_first_save_that_failed_does_not_lose_the_initial_weights(tmp_path: Path, shards: str) -> None:
+    weights = loop.run(tiny_config(tmp_path / "first", shards)).result["exports"][0]
+    (tmp_path / "second" / "checkpoints").mkdir(parents=True)  # as a full disk leaves it
+    assert loop._initial_weights(tiny_config(tmp_path / "second", shards, f"train.init_from={weights}")) is not None
+
+
 def test_init_from_another_architecture_is_refused(tmp_path: Path, shards: str) -> None:
     weights = loop.run(tiny_config(tmp_path / "first", shards)).result["exports"][0]
     with pytest.raises(UserError, match="architecture"):
