@@ -83,7 +83,7 @@ def shape(config: TrainConfig) -> RegNetShape:
     if backbone.name != "custom":
         return regnet_shape(*FAMILY[backbone.name])
     parameters = (backbone.depth, backbone.w0, backbone.wa, backbone.wm, backbone.group_width)
-    return regnet_shape(*parameters)  # type: ignore[arg-type]  # config.validate refuses a missing one
+    return regnet_shape(*parameters)  # type: ignore[arg-type]  # validate refuses a missing one
 
 
 def backbone(config: TrainConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> RegNetY:

@@ -94,7 +94,7 @@ def _key_types(section: type, prefix: str) -> typing.Iterator[tuple[str, KeyType
 
 
 def compose(overrides: Sequence[str]) -> TrainConfig:
-    """The configuration of these `key=value` words: names and types are right, `config.validate` does the rest.
+    """The configuration of these `key=value` words: names and types are right, `validation.validate` does the rest.
 
     Raises:
         UserError: an unknown key or choice, a wrong type, a key given twice, a missing run_dir, a word without `=`.

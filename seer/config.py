@@ -1,4 +1,4 @@
-"""The whole configuration in one file: a dataclass a group, a docstring a field, the checks across fields.
+"""The whole configuration in one file: a dataclass a group, a docstring a field.
 
 Hydra composes the YAML under ``conf/`` against these classes: an unknown key or a wrong type is refused, so no field is
 typed ``Any``. The values here are the defaults; ``conf/`` only names what differs. Parts never see these objects:
@@ -7,13 +7,8 @@ typed ``Any``. The values here are the defaults; ``conf/`` only names what diffe
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
-
-from seer.errors import UserError, closest
+from typing import Any
 
 MISSING = "???"  # OmegaConf's mark for a value that must be given
 
@@ -222,9 +217,53 @@ class ParallelConfig:
     """How the model is spread over processes."""
 
     strategy: str = "auto"
-    """`auto` or `single`: one process."""
-    sync_batchnorm: bool = False
+    """`single` (one process), `ddp` (each process holds everything), `fsdp` (weights, gradients and momentum are cut
+    into parts, one a process), or `auto`: single, or ddp under several processes, or fsdp where ddp does not fit."""
+    sync_batchnorm: bool = True
     """BatchNorm over the images of all processes; with one process there is nothing to synchronise."""
+    shard_ranks: int | None = None
+    """fsdp: how many neighbouring processes share one copy of the weights; null: all. Fewer make several copies (HSDP),
+    such as one a node."""
+    timeout_seconds: int = 300
+    """How long a process waits for another before it gives up."""
+
+
+@dataclass
+class LaunchConfig:
+    """How `seer launch` puts a run on processes; `seer train` takes no notice of it."""
+
+    name: str = "local"
+    """`local` (processes on this machine) or `slurm`."""
+    nodes: int = 1
+    """Machines."""
+    gpus_per_node: int | None = None
+    """Processes a machine, one a GPU; null: the GPUs that are there, or 2 on a machine without."""
+    cpus_per_gpu: int | None = None
+    """Cores of each process; null: the cluster's default, or an equal share of this machine."""
+    memory_per_node_gb: int | None = None
+    """Memory to ask for on each node, gigabytes; null: the cluster's default."""
+    partition: str | None = None
+    """slurm: the partition; null: the cluster's default."""
+    account: str | None = None
+    """slurm: who pays."""
+    qos: str | None = None
+    """slurm: quality of service."""
+    constraint: str | None = None
+    """slurm: features that the nodes must have."""
+    exclude: str | None = None
+    """slurm: nodes not to use."""
+    time_limit_minutes: int = 1440
+    """slurm: length of a job. A run that needs longer saves before the end and queues itself again."""
+    stop_before_end_seconds: int = 120
+    """slurm: how long before the end of the job the run begins to save."""
+    job_name: str = "seer"
+    """slurm: the job's name."""
+    network_interface: str | None = None
+    """Interface of the network between nodes (sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME); null: theirs to find."""
+    setup: list[str] = field(default_factory=list)
+    """slurm: shell lines before the run, such as 'module load cuda'."""
+    extra_sbatch: list[str] = field(default_factory=list)
+    """slurm: further options of sbatch as OPTION=VALUE, without dashes."""
 
 
 @dataclass
@@ -245,298 +284,9 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-
-def validate(config: TrainConfig, *, world_size: int = 1) -> None:
-    """Refuses what the types allow and the program cannot do; looks at nothing but the values (no file, no GPU).
-
-    Raises:
-        UserError: the first key that is wrong, with the rule and what to write instead.
-    """
-    if not config.run_dir:
-        raise UserError("run_dir is empty", "a run needs a folder of its own", "write run_dir=runs/first")
-    _at_least("seed", config.seed, 0)
-    _validate_train(config.train, world_size)
-    _validate_data(config.data)
-    _validate_backbone(config.backbone)
-    _validate_objective(config.objective, config.train)
-    _validate_optimizer(config.optimizer, config.train)
-    _at_least("checkpoint.every_steps", config.checkpoint.every_steps, 1)
-    _at_least("checkpoint.keep", config.checkpoint.keep, 2)
-    _at_least("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 1)
-    _validate_evaluation(config.evaluation)
-    if config.parallel.strategy in ("ddp", "fsdp"):
-        raise UserError(
-            f"parallel.strategy={config.parallel.strategy}",
-            "this strategy comes with several processes, which this version does not start",
-            "use parallel.strategy=single",
-        )
-    _one_of("parallel.strategy", config.parallel.strategy, ("auto", "single"))
-
-
-class Resolved(NamedTuple):
-    """A value that was derived, and why it is what it is."""
-
-    value: Any
-    reason: str
-
-
-def resolve(
-    config: TrainConfig, *, world_size: int = 1, cpu_count: int | None = None, device: str = "cpu"
-) -> dict[str, Resolved]:
-    """What the run derives from the configuration, by dotted key; the configuration itself is not changed.
-
-    Args:
-        config: a configuration that `validate` accepted.
-        world_size: processes of the run; they share this machine's cores.
-        cpu_count: cores; default: those that this process may use.
-        device: where the network runs, `cpu` or `cuda`.
-
-    Returns:
-        optimizer.learning_rate (float), optimizer.warmup_steps, data.workers, train.threads (int), and
-        objective.queue_images (int) where it is rounded.
-    """
-    batch, optimizer, queue = config.train.global_batch_size, config.optimizer, config.objective.queue_images
-    # A container or a scheduler may grant fewer cores than the machine has; macOS cannot say.
-    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    all_cores = cpu_count or granted or 1
-    cores = max(1, all_cores // world_size)
-    if device == "cpu":
-        # torch's threads wait for each other at every operation: one that shares its core with a worker slows all of
-        # them down (seen: 12 times, with 2 threads and 1 worker on 2 cores). So workers and threads share cores out.
-        workers = Resolved(cores // 4, f"a quarter of {cores} cores; the network's threads take the others")
-    else:
-        workers = Resolved(max(1, cores - 1), f"{cores} cores, one left for the training process")
-    threads = max(1, cores - (workers.value if config.data.workers is None else config.data.workers))
-    derived = {
-        "optimizer.learning_rate": Resolved(
-            optimizer.base_learning_rate * batch / 256,
-            f"optimizer.base_learning_rate {optimizer.base_learning_rate:g} x {batch} images / 256",
-        ),
-        "optimizer.warmup_steps": Resolved(config.train.steps // 20, f"5 % of {config.train.steps} steps"),
-        "data.workers": workers,
-        "train.threads": Resolved(threads, f"{cores} cores a process, less those of the workers"),
-    }
-    if queue % batch:
-        derived["objective.queue_images"] = Resolved(queue // batch * batch, f"{queue} rounded down to whole batches")
-    given = {
-        "optimizer.learning_rate": optimizer.learning_rate,
-        "optimizer.warmup_steps": optimizer.warmup_steps,
-        "data.workers": config.data.workers,
-        "train.threads": config.train.threads,
-    }
-    return derived | {key: Resolved(value, "given") for key, value in given.items() if value is not None}
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
 def freeze(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain containers, for config.yaml; `compose.thaw` is the way back."""
     return asdict(config)
-
-
-def _validate_train(train: TrainSection, world_size: int) -> None:
-    _at_least("train.steps", train.steps, 1)
-    _at_least("train.global_batch_size", train.global_batch_size, 1)
-    batch = train.global_batch_size
-    if batch % world_size:
-        whole = batch // world_size * world_size
-        raise UserError(
-            f"train.global_batch_size={batch} does not divide by {world_size} processes",
-            "a global batch is cut into equal parts, one a process",
-            f"use {whole} or {whole + world_size}" if whole else f"use {world_size}",
-        )
-    _one_of("train.device", train.device, ("auto", "cpu", "cuda"))
-    _one_of("train.precision", train.precision, ("bf16", "fp32", "fp64"))
-    _at_least("train.threads", train.threads, 1)
-    _at_least("train.log_every_steps", train.log_every_steps, 1)
-    if train.init_from == "":
-        raise UserError("train.init_from is empty", "it names an exported .safetensors file", "give one, or write null")
-
-
-def _validate_data(data: DataConfig) -> None:
-    if not data.shards:
-        raise UserError(
-            "data.shards is empty",
-            "a run reads tar shards",
-            "write data.shards='SHARDS_DIR/*.tar' (`seer shards pack PHOTOS_DIR --out SHARDS_DIR` makes them)",
-        )
-    _no_empty_pattern("data.shards", data.shards)
-    if data.index_dir == "":
-        raise UserError("data.index_dir is empty", "it names a folder", "give one, or write null")
-    _at_least("data.workers", data.workers, 0)
-    if data.large.count < 2:
-        raise UserError(
-            f"data.large.count={data.large.count}",
-            "each large crop's assignment is predicted from another crop, so at least 2",
-            "use data.large.count=2",
-        )
-    _at_least("data.small.count", data.small.count, 0)
-    for name, crops in (("large", data.large), ("small", data.small)):
-        key = f"data.{name}"
-        _inside(f"{key}.size", crops.size, 8, 4096)
-        _inside(f"{key}.min_area", crops.min_area, 0, 1, open_below=True)
-        _inside(f"{key}.max_area", crops.max_area, 0, 1, open_below=True)
-        _ordered(f"{key}.min_area", crops.min_area, f"{key}.max_area", crops.max_area)
-    _inside("data.flip_probability", data.flip_probability, 0, 1)
-    colour = data.photometric
-    for name in ("jitter_probability", "brightness", "contrast", "saturation"):
-        _inside(f"data.photometric.{name}", getattr(colour, name), 0, 1)
-    _inside("data.photometric.hue", colour.hue, 0, 0.5)
-    _inside("data.photometric.grayscale_probability", colour.grayscale_probability, 0, 1)
-    _inside("data.photometric.blur_probability", colour.blur_probability, 0, 1)
-    low, high = "data.photometric.blur_min_sigma", "data.photometric.blur_max_sigma"
-    _inside(low, colour.blur_min_sigma, 0, math.inf, open_below=True)
-    _inside(high, colour.blur_max_sigma, 0, math.inf, open_below=True)
-    _ordered(low, colour.blur_min_sigma, high, colour.blur_max_sigma)
-    if colour.blur_max_sigma > 2:
-        raise UserError(
-            f"{high}={colour.blur_max_sigma:g}",
-            "at most 2: the blur has 13 taps, which hold 3 standard deviations of that",
-            f"use {high}=2",
-        )
-
-
-def _validate_backbone(backbone: BackboneConfig) -> None:
-    _one_of("backbone.name", backbone.name, (*BACKBONES, "custom"))
-    shape = ("depth", "w0", "wa", "wm", "group_width")
-    given = [name for name in shape if getattr(backbone, name) is not None]
-    if backbone.name == "custom":
-        missing = [f"backbone.{name}" for name in shape if name not in given]
-        if missing:
-            raise UserError(
-                f"backbone.name=custom without {', '.join(missing)}",
-                "a custom RegNetY is generated from five parameters",
-                "give them, or take a member of the family: backbone.name=400mf",
-            )
-        _at_least("backbone.depth", backbone.depth, 4)
-        _at_least("backbone.group_width", backbone.group_width, 1)
-        _inside("backbone.wa", backbone.wa or 0.0, 0, math.inf)
-        _inside("backbone.wm", backbone.wm or 0.0, 1, math.inf, open_below=True)
-        width = backbone.w0 or 0
-        if width < 8 or width % 8:
-            raise UserError(
-                f"backbone.w0={width}", "the initial width is a multiple of 8", f"use {max(8, -(-width // 8) * 8)}"
-            )
-    elif given:
-        raise UserError(
-            f"backbone.{given[0]} is given beside backbone.name={backbone.name}",
-            "a member of the family has its own generating parameters",
-            "leave it out, or write backbone.name=custom and give all five",
-        )
-    if len(backbone.stage_strides) != 4:
-        raise UserError(
-            f"backbone.stage_strides={backbone.stage_strides}",
-            "there are four stages",
-            "write one stride for each: [1,2,2,2]",
-        )
-    for stride in (backbone.stem_stride, *backbone.stage_strides):
-        if stride not in (1, 2):
-            raise UserError(
-                f"a stride of {stride} in backbone.stem_stride or backbone.stage_strides",
-                "a stage keeps the resolution or halves it",
-                "use 1 or 2",
-            )
-
-
-def _validate_objective(objective: ObjectiveConfig, train: TrainSection) -> None:
-    _one_of("objective.name", objective.name, ("swav",))
-    _at_least("objective.prototypes", objective.prototypes, 2)
-    _at_least("objective.embedding_size", objective.embedding_size, 1)
-    for width in objective.head_hidden_sizes:
-        _at_least("objective.head_hidden_sizes", width, 1)
-    _inside("objective.temperature", objective.temperature, 0, math.inf, open_below=True)
-    if not SMALLEST_EPSILON <= objective.epsilon < math.inf:
-        raise UserError(
-            f"objective.epsilon={objective.epsilon:g}",
-            f"Sinkhorn's float64 holds from {SMALLEST_EPSILON} upwards",
-            "use 0.02 for a small run, 0.03 to 0.05 for a large one",
-        )
-    _at_least("objective.iterations", objective.iterations, 0)
-    _at_least("objective.freeze_prototypes_steps", objective.freeze_prototypes_steps, 0)
-    _at_least("objective.queue_images", objective.queue_images, 0)
-    _at_least("objective.queue_start_steps", objective.queue_start_steps, 0)
-    if 0 < objective.queue_images < train.global_batch_size:
-        raise UserError(
-            f"objective.queue_images={objective.queue_images} with train.global_batch_size={train.global_batch_size}",
-            "a queue shorter than a batch holds no whole batch",
-            f"use 0 (no queue) or at least {train.global_batch_size}",
-        )
-
-
-def _validate_optimizer(optimizer: OptimizerConfig, train: TrainSection) -> None:
-    _one_of("optimizer.name", optimizer.name, ("larc", "adamw"))
-    _one_of("optimizer.schedule", optimizer.schedule, ("rebased", "swav", "vissl"))
-    if optimizer.learning_rate is not None:
-        _inside("optimizer.learning_rate", optimizer.learning_rate, 0, math.inf, open_below=True)
-    _inside("optimizer.base_learning_rate", optimizer.base_learning_rate, 0, math.inf, open_below=True)
-    _inside("optimizer.warmup_start_learning_rate", optimizer.warmup_start_learning_rate, 0, math.inf)
-    _inside("optimizer.end_learning_rate_share", optimizer.end_learning_rate_share, 0, 1)
-    _inside("optimizer.weight_decay", optimizer.weight_decay, 0, math.inf)
-    _inside("optimizer.trust_coefficient", optimizer.trust_coefficient, 0, math.inf, open_below=True)
-    for name in ("momentum", "beta1", "beta2"):
-        _inside(f"optimizer.{name}", getattr(optimizer, name), 0, 1, open_above=True)
-    _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
-    if optimizer.warmup_steps is not None and optimizer.warmup_steps >= train.steps:
-        raise UserError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps} with train.steps={train.steps}",
-            "the warm-up ends before the run does",
-            f"use optimizer.warmup_steps={train.steps // 20} (5 % of the run), or leave it out",
-        )
-
-
-def _validate_evaluation(evaluation: EvaluationConfig) -> None:
-    _at_least("evaluation.every_steps", evaluation.every_steps, 0)
-    _no_empty_pattern("evaluation.train", evaluation.train)
-    _no_empty_pattern("evaluation.val", evaluation.val)
-    if bool(evaluation.train) != bool(evaluation.val):
-        given, missing = ("train", "val") if evaluation.train else ("val", "train")
-        raise UserError(
-            f"evaluation.{given} is given without evaluation.{missing}",
-            "kNN compares the images of val with those of train",
-            f"give evaluation.{missing} too, or neither",
-        )
-    if evaluation.every_steps and not evaluation.train:
-        raise UserError(
-            f"evaluation.every_steps={evaluation.every_steps} without shards",
-            "kNN needs labelled shards",
-            "give evaluation.train and evaluation.val, or write evaluation.every_steps=0",
-        )
-    _at_least("evaluation.k", evaluation.k, 1)
-    _inside("evaluation.temperature", evaluation.temperature, 0, math.inf, open_below=True)
-    _at_least("evaluation.max_train_images", evaluation.max_train_images, 1)
-    _at_least("evaluation.max_val_images", evaluation.max_val_images, 1)
-
-
-def _one_of(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"{key}={value}", "there is no such choice", closest(value, known))
-
-
-def _at_least(key: str, value: int | None, least: int) -> None:
-    """For a count; None is a default that is derived later."""
-    if value is not None and value < least:
-        raise UserError(f"{key}={value}", f"at least {least}", f"use {least} or more")
-
-
-def _inside(
-    key: str, value: float, low: float, high: float, *, open_below: bool = False, open_above: bool = False
-) -> None:
-    """For a number; NaN is inside of nothing, and infinity never is."""
-    above = value > low if open_below else value >= low
-    below = value < high if open_above or high == math.inf else value <= high
-    if not (above and below):
-        words = f"{'greater than' if open_below else 'at least'} {low:g}"
-        if high < math.inf:
-            words += f" and {'less than' if open_above else 'at most'} {high:g}"
-        raise UserError(f"{key}={value:g}", words, "change the number")
-
-
-def _ordered(low_key: str, low: float, high_key: str, high: float) -> None:
-    if low > high:
-        raise UserError(
-            f"{low_key}={low:g} with {high_key}={high:g}", "the first is at most the second", "change one of them"
-        )
-
-
-def _no_empty_pattern(key: str, patterns: Sequence[str]) -> None:
-    if "" in patterns:
-        raise UserError(f"{key} holds an empty pattern", "a pattern names tar shards", f"write {key}='DIR/*.tar'")

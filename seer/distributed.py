@@ -1,15 +1,70 @@
-"""The only place that initialises process groups and answers rank and world size.
+"""The only place that initialises process groups, answers rank and world size, and knows torch's versions apart.
 
 One process is world size 1: every function here then returns its input, so the mathematics has no branches.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from seer.errors import UserError
+from seer.rank_environment import rank_environment
 
 Group = dist.ProcessGroup
+
+
+class FailedElsewhere(UserError):
+    """Another rank met a user's error and tells it; this one leaves without a word."""
+
+
+@contextlib.contextmanager
+def processes(device: torch.device, *, timeout_seconds: int) -> Iterator[None]:
+    """The default group of the processes that the launcher started, while the block runs; nothing in one process.
+
+    Tensors on the CPU and objects travel by gloo, those on a GPU by NCCL. A rank dies with the process that started it,
+    so that nobody trains on unseen when a launcher is killed.
+    """
+    environment = rank_environment()
+    if environment is None:
+        yield
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_parent()
+    # A launcher that restarts its ranks would hand them the addresses of their predecessors (torch 2.13).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield
+        dist.barrier()  # else the first to leave may close connections that another still reads from
+    finally:
+        dist.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent or parent == 1:
+            os._exit(1)  # it died in between
 
 
 def _group(group: Group | None) -> Group | None:
@@ -47,11 +102,97 @@ def max_over_ranks(values: Tensor, group: Group | None = None) -> Tensor:
     return values
 
 
-def all_finite(flags: Tensor, group: Group | None = None) -> Tensor:
-    """Whether every flag of every rank is true: a boolean scalar on the flags' device, without host synchronisation.
+def gather_rows(values: Tensor, group: Group | None = None) -> Tensor:
+    """(ranks, *shape): the tensor of every rank, in the order of ranks (one all-gather; none in one process)."""
+    found = _group(group)
+    if found is None or dist.get_world_size(found) == 1:
+        return values.unsqueeze(0)
+    gathered = values.new_empty((dist.get_world_size(found), *values.shape))
+    # Renamed in 2.13, which warns of the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, values.contiguous(), group=found)
+    return gathered
 
-    Args:
-        flags: (...) boolean.
+
+def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
+    """What each rank gives, on all ranks, in the order of ranks; anything that pickles. Waits for all of them."""
+    found = _group(group)
+    if found is None or dist.get_world_size(found) == 1:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size(found)
+    dist.all_gather_object(gathered, value, group=found)
+    return gathered
+
+
+def of_first_rank(value: Any, group: Group | None = None) -> Any:
+    """Rank 0's value on all ranks; what the others give is not looked at."""
+    found = _group(group)
+    if found is None or dist.get_world_size(found) == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(found, 0), group=found)
+    return box[0]
+
+
+@contextlib.contextmanager
+def together(group: Group | None = None) -> Iterator[None]:
+    """A block that fails on all ranks if a user's error is raised on any: nobody is left waiting for the one that left.
+
+    Raises:
+        UserError: on the lowest rank that met one, its own.
+        FailedElsewhere: on the others, its words.
     """
-    bad = (~flags).any().to(torch.float32)
-    return sum_over_ranks(bad, group) == 0
+    own: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        own = error
+    met = gather_objects(None if own is None else (own.what, own.rule, own.remedy), group)
+    first = next((number for number, words in enumerate(met) if words is not None), None)
+    if first is None:
+        return
+    if first == rank(group) and own is not None:
+        raise own
+    raise FailedElsewhere(*met[first])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is sharded over ranks, in the same memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def mesh(device: torch.device, shard_ranks: int | None = None) -> DeviceMesh:
+    """All ranks in one dimension or, with `shard_ranks`, in two: copies of the weights, and ranks that share a copy."""
+    ranks = world_size()
+    if shard_ranks is None or shard_ranks == ranks:
+        return init_device_mesh(device.type, (ranks,))
+    return init_device_mesh(device.type, (ranks // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank of the run is gone or did not answer in time."""
+    if not isinstance(error, RuntimeError) or world_size() == 1:
+        return False
+    said = str(error)
+    return isinstance(error, dist.DistBackendError) or any(
+        words in said
+        for words in (
+            "Connection closed by peer",
+            "Connection reset by peer",
+            "Broken pipe",
+            "Timed out",
+            "timed out",
+            "Connection refused",
+            "Application timeout caused pair closure",
+        )
+    )
+
+
+def ddp_without_buffers(module: torch.nn.Module, **options: Any) -> torch.nn.Module:
+    """torch's DistributedDataParallel that leaves buffers alone, at the start and in each forward."""
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    if "forward_sync_buffers" in wrapper.__init__.__code__.co_varnames:  # 2.13 renamed the option and warns of the old
+        options["forward_sync_buffers"] = False
+    else:
+        options["broadcast_buffers"] = False
+    return cast(torch.nn.Module, wrapper(module, init_sync=False, **options))

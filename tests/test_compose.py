@@ -20,8 +20,9 @@ from omegaconf import OmegaConf
 import seer
 from seer import compose as composing
 from seer.compose import compose, conf_folder, flat, groups, key_types, quote_override, thaw
-from seer.config import BACKBONES, TrainConfig, freeze, validate
+from seer.config import BACKBONES, TrainConfig, freeze
 from seer.errors import UserError
+from seer.validation import validate
 
 GIVEN = ["run_dir=runs/test", "data.shards=a.tar"]
 TEXTS = (

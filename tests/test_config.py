@@ -15,11 +15,11 @@ from seer.config import (
     DataConfig,
     TrainConfig,
     freeze,
-    resolve,
-    validate,
 )
+from seer.derived import resolve
 from seer.errors import UserError
 from seer.objectives import sinkhorn
+from seer.validation import validate
 
 
 def valid(**values: Any) -> TrainConfig:
@@ -128,7 +128,10 @@ def test_accepted(values: dict[str, Any]) -> None:
         ({"evaluation__every_steps": 10}, "evaluation.every_steps=10 without shards"),
         ({"evaluation__k": 0}, "evaluation.k=0"),
         ({"evaluation__max_val_images": 0}, "evaluation.max_val_images=0"),
-        ({"parallel__strategy": "fsdp"}, "comes with several processes"),
+        ({"parallel__strategy": "ddp", "parallel__shard_ranks": 2}, "only fsdp cuts"),
+        ({"parallel__timeout_seconds": 0}, "parallel.timeout_seconds=0"),
+        ({"launch__name": "slrum"}, "did you mean 'slurm'?"),
+        ({"launch__nodes": 0}, "launch.nodes=0"),
         ({"parallel__strategy": "sinlge"}, "did you mean 'single'?"),
     ],
 )

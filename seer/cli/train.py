@@ -17,7 +17,8 @@ import yaml
 from seer import config as schema
 from seer.cli.steadfast import Steadfast
 from seer.compose import compose, flat, groups, key_types
-from seer.config import TrainConfig, freeze, validate
+from seer.config import TrainConfig, freeze
+from seer.validation import validate
 
 HELP = """\
 Examples:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from seer import build
 from seer.checkpoint.store import CheckpointStore
-from seer.config import Resolved, TrainConfig, freeze, resolve, validate
+from seer.config import TrainConfig, freeze
 from seer.data.stream import DataStream, lost_worker
+from seer.derived import Resolved, resolve
 from seer.errors import UserError
 from seer.evaluation.online import OnlineEvaluation
 from seer.handoff.timm_format import export_timm, load_exported
@@ -24,6 +25,7 @@ from seer.shard_index import ShardList
 from seer.training.state import TrainState, load_state, state_tensors
 from seer.training.step import StepSettings, float_crops, set_learning_rate, train_step
 from seer.training.stop import EXIT_STOPPED, StopRequest
+from seer.validation import validate
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from tiny_run import make_shards, tiny_config
 
 from seer import build
-from seer.config import TrainConfig, resolve
+from seer.config import TrainConfig
+from seer.derived import resolve
 from seer.parallel.running_statistics import RunningStatistics
 from seer.training.state import TrainState, state_tensors
 from seer.training.step import StepSettings, float_crops, set_learning_rate, train_step
