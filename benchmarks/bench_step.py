@@ -45,9 +45,8 @@ from seer.config import ObjectiveConfig, TrainConfig
 from seer.files import write_atomically
 from seer.observe.progress import Progress
 from seer.observe.watch import Watch
-from seer.parallel.running_statistics import RunningStatistics
 from seer.run_directory import RunDirectory
-from seer.training.state import TrainState
+from seer.training.state import TrainState, fresh_state
 from seer.training.step import StepSettings, set_learning_rate, train_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -116,14 +115,8 @@ def learning_rate(config: TrainConfig) -> float:
 
 
 def our_state(config: TrainConfig, layout: Layout) -> tuple[TrainState, StepSettings]:
-    learner = build.learner(config, device=CPU)
-    learner.backbone.to(memory_format=layout.memory_format)
-    state = TrainState(
-        learner=learner,
-        statistics=RunningStatistics(learner),
-        optimizer=build.optimizer(config, learner, learning_rate(config)),
-        skipped_steps=torch.zeros((), dtype=torch.int64),
-    )
+    state = fresh_state(config, device=CPU, strategy="single", learning_rate=learning_rate(config))
+    state.learner.backbone.to(memory_format=layout.memory_format)
     dtype, autocast = build.precision_of(config)
     settings = StepSettings(
         device=CPU,
@@ -141,7 +134,7 @@ def our_step(state: TrainState, settings: StepSettings, rate: float, crops: list
 
     def step() -> float:
         set_learning_rate(state.optimizer, rate)
-        return train_step(state, crops, settings).loss.item()
+        return train_step(state, crops, settings).figures["loss"].item()
 
     return step
 
@@ -171,8 +164,9 @@ def our_observed_step(
     def step() -> float:
         set_learning_rate(state.optimizer, rate)
         outcome = train_step(state, crops, settings)
-        watch.record(state.step, outcome.figures, rate, 0.0, [], state.skipped_steps)
-        return outcome.loss.item()
+        counts = {"bad_samples": state.bad_samples, "skipped_steps": state.skipped_steps}
+        watch.record(state.step, outcome.figures, rate, 0.0, **counts)
+        return outcome.figures["loss"].item()
 
     return step
 

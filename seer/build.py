@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ from seer.config import CropConfig, DataConfig, TrainConfig
 from seer.data.crops import CropSpec
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.stream import DataStream
+from seer.derived import Resolved
 from seer.errors import UserError
 from seer.objectives.outcome import Outcome
 from seer.objectives.swav import SwAV
@@ -23,9 +26,14 @@ from seer.optim.adamw import MaskedAdamW
 from seer.optim.groups import parameter_groups
 from seer.optim.larc import LARC
 from seer.optim.schedules import WarmupCosine
+from seer.parallel import strategies
+from seer.parallel.sync_batchnorm import synchronise_batchnorms
+from seer.rank_environment import rank_environment
 from seer.shard_index import ShardList
 
 Optimizer = LARC | MaskedAdamW
+
+_DDP_SHARE = 0.5  # of a rank's memory: activations and the data need the rest
 
 
 class Unit(NamedTuple):
@@ -67,7 +75,17 @@ def device_of(config: TrainConfig) -> torch.device:
         raise UserError(
             "train.device=cuda", "torch finds no CUDA device here", "use train.device=cpu or a machine with a GPU"
         )
-    return torch.device(name)
+    environment = rank_environment()
+    if name == "cpu" or environment is None:
+        return torch.device(name)
+    there = torch.cuda.device_count()
+    if environment.local_world_size > there:
+        raise UserError(
+            f"{environment.local_world_size} processes on a machine with {there} GPUs",
+            "each process takes a GPU of its own",
+            f"start {there} processes on each machine, or use train.device=cpu",
+        )
+    return torch.device("cuda", environment.local_rank)
 
 
 def precision_of(config: TrainConfig) -> tuple[torch.dtype, torch.dtype | None]:
@@ -97,11 +115,46 @@ def backbone(config: TrainConfig, *, device: torch.device, dtype: torch.dtype = 
     )
 
 
-def learner(config: TrainConfig, *, device: torch.device) -> Learner:
+def strategy(config: TrainConfig, *, device: torch.device) -> Resolved:
+    """`single`, `ddp` or `fsdp`: what `parallel.strategy` means for these processes."""
+    ranks, given = distributed.world_size(), config.parallel.strategy
+    if ranks == 1:
+        return Resolved("single", "one process")
+    if given != "auto":
+        return Resolved(given, "given")
+    need, there = _ddp_bytes(config), _memory_bytes(device)
+    words = f"{ranks} processes; weights, gradients and momentum take {need / 2**30:.1f} of {there / 2**30:.1f} GiB"
+    return Resolved("ddp" if need <= _DDP_SHARE * there else "fsdp", words)
+
+
+def _ddp_bytes(config: TrainConfig) -> int:
+    """What a rank holds under ddp, activations apart: weights, gradients, moments and the buckets of gradients."""
+    copies = 5 if config.optimizer.name == "adamw" else 4
+    network = learner(config, device=torch.device("meta"))
+    return copies * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Memory for one rank: the GPU's, or its part of the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    environment = rank_environment()
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages // (environment.local_world_size if environment else 1)
+
+
+def saved_backbone(config: TrainConfig, tensors: Mapping[str, Tensor]) -> RegNetY:
+    """A run's backbone on the CPU, in evaluation mode, of a checkpoint's tensors `model/backbone.NAME`."""
+    network = backbone(config, device=torch.device("cpu"), dtype=precision_of(config)[0])
+    network.load_state_dict({name.removeprefix("model/backbone."): tensor for name, tensor in tensors.items()})
+    return network.eval()
+
+
+def learner(config: TrainConfig, *, device: torch.device, strategy: str = "single") -> Learner:
     """The learner with its initial values, which depend on the seed and the names of the parameters alone.
 
-    Built on the meta device, given memory, filled with NaN, then initialised by name: a value that nobody sets cannot
-    hide.
+    Built on the meta device, cut into parts under fsdp, given memory, filled with NaN, then initialised by name: a
+    value that nobody sets cannot hide, and every strategy on any number of ranks starts from the same weights.
     """
     dtype, _ = precision_of(config)
     meta = torch.device("meta")
@@ -127,16 +180,40 @@ def learner(config: TrainConfig, *, device: torch.device) -> Learner:
     built = Learner(network, objective)
     if device.type == "meta":
         return built
+    if config.parallel.sync_batchnorm and distributed.world_size() > 1:
+        synchronise_batchnorms(built)
+    if strategy == "fsdp":
+        strategies.fsdp(
+            built,
+            [unit.module for unit in built.units()],
+            mesh=distributed.mesh(device, config.parallel.shard_ranks),
+            low_precision=precision_of(config)[1],
+            full_precision_units=[objective.prototypes],
+            evaluation_method="features",
+        )
     built.to_empty(device=device)
     with torch.no_grad():
         for tensor in [*built.parameters(), *built.buffers()]:
             if tensor.is_floating_point():
-                tensor.fill_(math.nan)
+                distributed.local(tensor).fill_(math.nan)
     initialise(built.backbone, seed=config.seed)
     built.objective.initialise(config.seed)
-    if channels_last(device):
-        built.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if channels_last(device) and strategy != "fsdp":  # parts of weights have no memory format
+        for module in built.backbone.modules():
+            # A 1x1 kernel has the same memory either way, but odd strides that ddp would have to copy for.
+            if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     return built
+
+
+def forward_of(network: Learner, *, strategy: str, device: torch.device) -> nn.Module:
+    """What a step calls: the learner, wrapped under ddp."""
+    return strategies.ddp(network, device) if strategy == "ddp" else network
+
+
+def replicated_parameters(network: Learner, *, strategy: str) -> list[nn.Parameter]:
+    """Parameters whose gradients the step itself has to average."""
+    return strategies.replicated_parameters(network) if strategy == "fsdp" else []
 
 
 def channels_last(device: torch.device) -> bool:

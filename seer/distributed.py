@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -18,16 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from seer.errors import UserError
+from seer.errors import ToldElsewhere, UserError
 from seer.rank_environment import rank_environment
 
 Group = dist.ProcessGroup
-
-
-class FailedElsewhere(UserError):
-    """Another rank met a user's error and tells it; this one leaves without a word."""
 
 
 @contextlib.contextmanager
@@ -43,10 +41,10 @@ def processes(device: torch.device, *, timeout_seconds: int) -> Iterator[None]:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _die_with_parent()
-    # A launcher that restarts its ranks would hand them the addresses of their predecessors (torch 2.13).
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        # torchrun keeps a store of its own, which the environment tells.
+        init_method=None if "RANK" in os.environ else f"tcp://{environment.master_addr}:{environment.master_port}",
         rank=environment.rank,
         world_size=environment.world_size,
         timeout=timedelta(seconds=timeout_seconds),
@@ -107,11 +105,12 @@ def gather_rows(values: Tensor, group: Group | None = None) -> Tensor:
     found = _group(group)
     if found is None or dist.get_world_size(found) == 1:
         return values.unsqueeze(0)
-    gathered = values.new_empty((dist.get_world_size(found), *values.shape))
+    # Flat: gloo refuses a stack of tensors.
+    gathered = values.new_empty(dist.get_world_size(found) * values.numel())
     # Renamed in 2.13, which warns of the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(gathered, values.contiguous(), group=found)
-    return gathered
+    gather(gathered, values.reshape(-1).contiguous(), group=found)
+    return gathered.view(-1, *values.shape)
 
 
 def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
@@ -139,21 +138,30 @@ def together(group: Group | None = None) -> Iterator[None]:
     """A block that fails on all ranks if a user's error is raised on any: nobody is left waiting for the one that left.
 
     Raises:
-        UserError: on the lowest rank that met one, its own.
-        FailedElsewhere: on the others, its words.
+        UserError: on rank 0, what the lowest rank met that failed.
+        ToldElsewhere: on the others.
     """
     own: UserError | None = None
     try:
         yield
     except UserError as error:
         own = error
-    met = gather_objects(None if own is None else (own.what, own.rule, own.remedy), group)
-    first = next((number for number, words in enumerate(met) if words is not None), None)
-    if first is None:
+    met = gather_objects(None if own is None else (own.what, own.rule, own.remedy, socket.gethostname()), group)
+    failed = next((words for words in met if words is not None), None)
+    if failed is None:
         return
-    if first == rank(group) and own is not None:
+    if rank(group):
+        raise ToldElsewhere(*failed[:3])
+    if own is not None:
         raise own
-    raise FailedElsewhere(*met[first])
+    what, rule, remedy, host = failed
+    raise UserError(f"{what} (on {host})", rule, remedy)
+
+
+def from_host(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Numbers of this process as a tensor (n,) on the device, without waiting for it."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -161,12 +169,30 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def fill(tensor: Tensor, values: Tensor) -> Tensor:
+    """Writes whole values into a tensor, of one that is sharded over ranks this rank's part; without communication."""
+    with torch.no_grad():
+        if not isinstance(tensor, DTensor):
+            return tensor.copy_(values)
+        own = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.to_local().copy_(local(own))
+    return tensor
+
+
 def mesh(device: torch.device, shard_ranks: int | None = None) -> DeviceMesh:
     """All ranks in one dimension or, with `shard_ranks`, in two: copies of the weights, and ranks that share a copy."""
-    ranks = world_size()
+    return _mesh(device.type, world_size(), shard_ranks)
+
+
+@functools.cache
+def _mesh(device_type: str, ranks: int, shard_ranks: int | None) -> DeviceMesh:
     if shard_ranks is None or shard_ranks == ranks:
-        return init_device_mesh(device.type, (ranks,))
-    return init_device_mesh(device.type, (ranks // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(device_type, (ranks,))
+    return init_device_mesh(device_type, (ranks // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
+
+
+class LostRank(RuntimeError):
+    """Another process of the run is gone, or did not answer in time: this one cannot go on by itself."""
 
 
 def lost_rank(error: BaseException) -> bool:

@@ -24,6 +24,10 @@ class UserError(ValueError):
         return type(self), (self.what, self.rule, self.remedy)
 
 
+class ToldElsewhere(UserError):
+    """A user's error that another rank of the run tells: this one leaves with the same exit code, without a word."""
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """The remedy for a misspelt name: "did you mean 'steps'?", or the list of what there is."""
     names = sorted(known)

@@ -10,22 +10,25 @@ import hashlib
 import torch
 from torch import Tensor
 
+from seer.distributed import fill
+
 
 def normal_(tensor: Tensor, std: float, *, seed: int, name: str) -> Tensor:
     """Fills a tensor in place from N(0, std^2) and returns it.
 
     Args:
-        tensor: any shape, floating type, device and memory format.
+        tensor: any shape, floating type, device and memory format; of one that is sharded over ranks each rank draws
+            all values and keeps its own, so that they do not depend on the ranks and nothing is sent.
         std: standard deviation.
         seed: the run's seed.
         name: which tensor this is; other names get independent values.
     """
-    return _fill(tensor, _blank(tensor).normal_(0.0, std, generator=_generator(seed, name)))
+    return fill(tensor, _blank(tensor).normal_(0.0, std, generator=_generator(seed, name)))
 
 
 def uniform_(tensor: Tensor, bound: float, *, seed: int, name: str) -> Tensor:
     """Fills a tensor in place from the uniform distribution on [-bound, bound); arguments as `normal_`."""
-    return _fill(tensor, _blank(tensor).uniform_(-bound, bound, generator=_generator(seed, name)))
+    return fill(tensor, _blank(tensor).uniform_(-bound, bound, generator=_generator(seed, name)))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -37,8 +40,3 @@ def _blank(tensor: Tensor) -> Tensor:
     # float32 and contiguous on the CPU, whatever the tensor is: a float64 or bfloat16 network then has the same values,
     # rounded. The device is named because a default device may be set.
     return torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
-
-
-def _fill(tensor: Tensor, values: Tensor) -> Tensor:
-    with torch.no_grad():
-        return tensor.copy_(values)

@@ -18,10 +18,11 @@ import yaml
 
 from seer.errors import UserError
 from seer.files import cannot_write, write_atomically
-from seer.run_lock import RunLock
+from seer.run_lock import RunLock, in_use
 
 _CONFIG = "config.yaml"
 _LOCK = "run.lock"
+_LAUNCH = "launch"  # what `seer launch` keeps: it is there before the run is
 _HEAD = """\
 # Written by seer; the run goes on from these values. `config` is what was composed, `hash` its SHA-256,
 # `resolved` what was derived from it and why, `data` what the batches were made of.
@@ -52,7 +53,7 @@ class RunDirectory:
         config: the configuration as frozen in ``config.yaml``.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], lock: RunLock) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], lock: RunLock | None) -> None:
         self.folder = folder
         self.config = config
         self._lock = lock
@@ -65,6 +66,7 @@ class RunDirectory:
         *,
         resolved: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
+        take_over: bool = False,
     ) -> RunDirectory:
         """Create the run's folder or go on in it, and lock it.
 
@@ -74,16 +76,17 @@ class RunDirectory:
             resolved: what was derived from it: key -> something with ``value`` and ``reason``.
             data: what the batches are made of (``DataStream.identity()``). Where the run recorded it too, it must
                 agree, and ``data.shards`` may then be spelt differently: a moved folder holds the same data.
+            take_over: go on although a process on another machine holds the run.
 
         Raises:
             UserError: the folder cannot be written, is in use, holds a run of another configuration or something else
                 than a run; nothing that was made here stays then.
         """
-        folder = Path(os.path.abspath(os.path.expanduser(run_dir)))
+        folder = _absolute(run_dir)
         _refuse_what_is_no_run(folder)
         made = _make(folder)
         try:
-            lock = RunLock.take(folder / _LOCK)
+            lock = RunLock.take(folder / _LOCK, take_over=take_over)
         except BaseException:
             _unmake(made)
             raise
@@ -97,6 +100,24 @@ class RunDirectory:
             _unmake(made)
             raise
         return cls(folder, frozen["config"], lock)
+
+    @classmethod
+    def join(cls, run_dir: str | Path, config: Mapping[str, Any]) -> RunDirectory:
+        """A run that rank 0 has opened, for the other ranks of it: they hold no lock."""
+        return cls(_absolute(run_dir), dict(config), None)
+
+    def require_ownership(self) -> None:
+        """Refuses to go on where another process has taken the run over.
+
+        Raises:
+            UserError: it has.
+        """
+        if self._lock is not None and not self._lock.still_held():
+            raise UserError(
+                f"{self.folder} was taken over by another process",
+                "one process at a time writes into a run",
+                "let that one go on",
+            )
 
     @property
     def metrics(self) -> Path:
@@ -147,7 +168,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Give the lock back."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -176,9 +198,43 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
     return config
 
 
+def check_can_run(run_dir: str | Path, config: Mapping[str, Any]) -> None:
+    """Whether a run could begin or go on in a folder, for those who start it later; nothing that is made here stays.
+
+    Args:
+        run_dir: the folder.
+        config: as for ``RunDirectory.open``.
+
+    Raises:
+        UserError: as ``RunDirectory.open``.
+    """
+    folder = _absolute(run_dir)
+    _refuse_what_is_no_run(folder)
+    _unmake(_make(folder))
+    if (taken := in_use(folder / _LOCK)) is not None:
+        raise taken
+    if _has_begun(folder):
+        _agree_or_raise(folder, _load(folder), _freeze(config, None, None))
+
+
+def launch_folder_of(run_dir: str | Path) -> Path:
+    """Where ``seer launch`` keeps the frozen configuration, the logs and the exit code of a run."""
+    return _absolute(run_dir) / _LAUNCH
+
+
 def checkpoints_of(run_dir: str | Path) -> Path:
     """The folder of a run's checkpoints, for those who read a run without opening it."""
     return Path(run_dir).expanduser() / "checkpoints"
+
+
+def metrics_of(run_dir: str | Path) -> Path:
+    """The file of a run's metrics, for those who read a run without opening it."""
+    return Path(run_dir).expanduser() / "metrics.jsonl"
+
+
+def lock_of(run_dir: str | Path) -> Path:
+    """The file of a run's lock, for `run_lock.in_use`."""
+    return Path(run_dir).expanduser() / _LOCK
 
 
 def read_result(run_dir: str | Path) -> dict[str, Any] | None:
@@ -208,6 +264,10 @@ def update_result(run_dir: str | Path, changes: Mapping[str, Any]) -> None:
         run.update_result(changes)
 
 
+def _absolute(run_dir: str | Path) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(run_dir)))
+
+
 def _refuse_what_is_no_run(folder: Path) -> None:
     """Refuses a folder of other files, except those of a process that died before it wrote config.yaml."""
     try:
@@ -215,7 +275,7 @@ def _refuse_what_is_no_run(folder: Path) -> None:
     except OSError:
         return  # there is nothing, or what `_make` refuses
     ours = (".probe-", f".{_LOCK}.", f".{_CONFIG}.")
-    others = [name for name in names if name != _LOCK and not name.startswith(ours)]
+    others = [name for name in names if name not in (_LOCK, _LAUNCH) and not name.startswith(ours)]
     if others and _CONFIG not in names:
         raise UserError(
             f"{folder} is no run and is not empty (it holds {others[0]})",

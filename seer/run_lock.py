@@ -2,7 +2,8 @@
 
 No flock, whose meaning differs between network file systems: a file that comes into being whole (a hard link of a
 written one) and says who holds it. It is stale when the same machine has booted since or the process is gone, which is
-decided by the process's start time, since numbers of processes are used again.
+decided by the process's start time, since numbers of processes are used again; or when a job of a cluster holds it and
+is this job, started again.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ class RunLock:
         self._content = content
 
     @classmethod
-    def take(cls, file: Path) -> RunLock:
+    def take(cls, file: Path, *, take_over: bool = False) -> RunLock:
         """Take the lock; one whose holder is gone is taken over.
+
+        Args:
+            file: the lock.
+            take_over: take it from a process on another machine too, of which nobody here can tell whether it is gone.
 
         Raises:
             UserError: a living process, or one on another machine that cannot be seen from here, holds it; or the
@@ -38,12 +43,16 @@ class RunLock:
                 held = _read(file)
                 if held is None:
                     continue  # given back a moment ago
-                if _alive(held):
+                if _alive(held) and not (take_over and not _is_here(held)):
                     raise _in_use(file, held)
                 _remove(file, held)
         except OSError as error:
             raise cannot_write(file.parent, error) from None
         return cls(file, content)
+
+    def still_held(self) -> bool:
+        """Whether nobody has taken the lock over."""
+        return _read(self._file) == self._content
 
     def release(self) -> None:
         """Give the lock back, unless somebody has taken it over."""
@@ -57,7 +66,14 @@ def _this_process() -> dict[str, Any]:
         "pid": os.getpid(),
         "started": _started(os.getpid()),
         "token": os.urandom(8).hex(),  # tells two locks of one process apart
-    }
+    } | _job()
+
+
+def _job() -> dict[str, Any]:
+    """The cluster's job that this process belongs to, and in which of its lives."""
+    if os.environ.get("SEER_LAUNCHER") != "slurm" or "SLURM_JOB_ID" not in os.environ:
+        return {}
+    return {"job": os.environ["SLURM_JOB_ID"], "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
 
 
 def _boot() -> str | None:
@@ -94,6 +110,9 @@ def _alive(content: bytes) -> bool:
         host, boot, pid, started = held["host"], held["boot"], int(held["pid"]), held["started"]
     except (ValueError, TypeError, KeyError):
         return False
+    own = _job()
+    if own and held.get("job") == own["job"] and held.get("restart", 0) < own["restart"]:
+        return False  # the cluster ends a job before it starts it again
     if host != socket.gethostname():
         return True
     if boot != _boot():
@@ -101,13 +120,23 @@ def _alive(content: bytes) -> bool:
     return _exists(pid) if started is None else _started(pid) == started
 
 
+def _is_here(content: bytes) -> bool:
+    return bool(json.loads(content)["host"] == socket.gethostname())
+
+
+def in_use(file: Path) -> UserError | None:
+    """What to say of a lock that a process holds which may be alive; None where there is none."""
+    held = _read(file)
+    return _in_use(file, held) if held is not None and _alive(held) else None
+
+
 def _in_use(file: Path, content: bytes) -> UserError:
     held = json.loads(content)
-    here = held["host"] == socket.gethostname()
+    here = _is_here(content)
     return UserError(
         f"{file.parent} is in use by process {held['pid']} on {held['host']}",
         "one process at a time writes into a run",
-        "wait for it, stop it, or name another run_dir" if here else f"if that process is gone, delete {file}",
+        "wait for it, stop it, or name another run_dir" if here else "if that process is gone, add --take-over",
     )
 
 

@@ -20,6 +20,25 @@ from seer.config import (
 )
 from seer.errors import UserError, closest
 
+# Options of sbatch that `launch.extra_sbatch` may not give: what to do instead.
+SBATCH_OF_LAUNCH = {
+    "nodes": "use launch.nodes",
+    "ntasks": "use launch.nodes and launch.gpus_per_node",
+    "ntasks-per-node": "use launch.gpus_per_node",
+    "gpus-per-node": "use launch.gpus_per_node",
+    "cpus-per-task": "use launch.cpus_per_gpu",
+    "mem": "use launch.memory_per_node_gb",
+    "time": "use launch.time_limit_minutes",
+    "signal": "use launch.stop_before_end_seconds",
+    "partition": "use launch.partition",
+    "job-name": "use launch.job_name",
+    "output": "the logs lie in RUN/launch",
+    "error": "the logs lie in RUN/launch",
+    "array": "give seer launch once for each run",
+    "wrap": "leave it out",
+    "export": "leave it out",
+}
+
 
 def validate(config: TrainConfig, *, world_size: int = 1) -> None:
     """Refuses what the types allow and the program cannot do; looks at nothing but the values (no file, no GPU).
@@ -40,7 +59,7 @@ def validate(config: TrainConfig, *, world_size: int = 1) -> None:
     _at_least("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 1)
     _validate_evaluation(config.evaluation)
     _validate_parallel(config.parallel, world_size)
-    _validate_launch(config.launch)
+    validate_launch(config.launch)
 
 
 def _validate_train(train: TrainSection, world_size: int) -> None:
@@ -240,11 +259,37 @@ def _validate_parallel(parallel: ParallelConfig, world_size: int) -> None:
     _at_least("parallel.timeout_seconds", parallel.timeout_seconds, 1)
 
 
-def _validate_launch(launch: LaunchConfig) -> None:
+def validate_launch(launch: LaunchConfig) -> None:
+    """The part of `validate` that has to hold before anybody can say how many processes there will be.
+
+    Raises:
+        UserError: the first key that is wrong.
+    """
     _one_of("launch.name", launch.name, ("local", "slurm"))
     for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "memory_per_node_gb", "time_limit_minutes"):
         _at_least(f"launch.{name}", getattr(launch, name), 1)
     _at_least("launch.stop_before_end_seconds", launch.stop_before_end_seconds, 0)
+    if launch.stop_before_end_seconds >= 60 * launch.time_limit_minutes:
+        raise UserError(
+            f"launch.stop_before_end_seconds={launch.stop_before_end_seconds} with "
+            f"launch.time_limit_minutes={launch.time_limit_minutes}",
+            "a job trains before it saves",
+            f"use less than {60 * launch.time_limit_minutes} seconds, or a longer job",
+        )
+    for name in ("partition", "account", "qos", "constraint", "exclude", "job_name", "network_interface"):
+        if getattr(launch, name) == "":
+            raise UserError(f"launch.{name} is empty", "it is a name", "give one, or leave the key out")
+    for option in launch.extra_sbatch:
+        key = option.partition("=")[0]
+        if not key or key.startswith("-") or " " in key or "\n" in option:
+            raise UserError(
+                f"launch.extra_sbatch holds {option!r}",
+                "an option of sbatch stands there as OPTION=VALUE or OPTION, without dashes in front",
+                "write for example launch.extra_sbatch='[reservation=maintenance,exclusive]'",
+            )
+        remedy = SBATCH_OF_LAUNCH.get(key.replace("_", "-"))
+        if remedy is not None:
+            raise UserError(f"launch.extra_sbatch holds {key}", "seer launch sets this option", remedy)
 
 
 def _one_of(key: str, value: str, known: Sequence[str]) -> None:

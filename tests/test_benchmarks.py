@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -29,3 +31,24 @@ def test_step_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
     fair = [row["cpu_ratio"] for label, row in rows.items() if label != "each at its defaults"]
     assert len(fair) == 4
     assert told["tiny_ratio"] == round(min(fair), 3) > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_checkpoint_benchmark_ends_with_its_ratios(tmp_path: Path, ranks: int) -> None:
+    out = tmp_path / "checkpoint.json"
+    script = ROOT / "benchmarks" / "bench_checkpoint.py"
+    ran = subprocess.run(
+        [sys.executable, script, "--quick", "--ranks", str(ranks), "--folder", tmp_path, "--out", out],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout.splitlines()[-1])
+    assert told["save_ratio"] > 0 and told["load_ratio"] > 0 and told["stall_seconds"] > 0
+    assert 8 < told["megabytes"] < 12
+    written = json.loads(out.read_text())
+    assert written["summary"] == told and written["ranks"] == ranks
+    assert all(len(times) == 2 for times in written["seconds"].values())
+    assert os.listdir(tmp_path) == ["checkpoint.json"]

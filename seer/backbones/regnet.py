@@ -109,35 +109,48 @@ def regnet_shape(depth: int, w0: int, wa: float, wm: float, group_width: int) ->
     return RegNetShape(depth, w0, wa, wm, group_width, tuple(widths), tuple(depths), tuple(group_widths))
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d on a list of resolutions: one call for all, so that ranks can exchange all statistics at once.
+
+    Each resolution is normalised by itself; running statistics are updated once for each, in the order of the list.
+    """
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:  # type: ignore[override]  # a list instead of a tensor
+        return [nn.BatchNorm2d.forward(self, x) for x in maps]
+
+
 class ConvNorm(nn.Module):
-    """Convolution without bias, BatchNorm, and a ReLU unless told otherwise."""
+    """Convolution without bias, BatchNorm, and a ReLU unless told otherwise, on a list of resolutions."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1, relu: bool = True
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(outputs)
+        self.bn = BatchNorm(outputs)
         self.relu = relu
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.conv(x))
-        return F.relu(x, inplace=True) if self.relu else x
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        maps = self.bn([self.conv(x) for x in maps])
+        return [F.relu(x, inplace=True) for x in maps] if self.relu else maps
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales each channel by a gate computed from all channels' means."""
+    """Scales each channel by a gate computed from all channels' means, on a list of resolutions."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(channels, hidden, 1)
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return [x * self._gate(x) for x in maps]
+
+    def _gate(self, x: Tensor) -> Tensor:
         # The mean, to the last bit, but its backward spreads a view where that of mean writes a full-sized tensor.
         means = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
         hidden = F.relu(self.fc1(means), inplace=True)
-        return x * torch.sigmoid(self.fc2(hidden))
+        return torch.sigmoid(self.fc2(hidden))
 
 
 class Stem(nn.Module):
@@ -146,10 +159,10 @@ class Stem(nn.Module):
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, width, 3, stride, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
+        self.bn = BatchNorm(width)
 
     def forward(self, images: list[Tensor]) -> list[Tensor]:
-        return [F.relu(self.bn(self.conv(x)), inplace=True) for x in images]
+        return [F.relu(x, inplace=True) for x in self.bn([self.conv(x) for x in images])]
 
 
 class Block(nn.Module):
@@ -165,11 +178,9 @@ class Block(nn.Module):
         self.downsample = ConvNorm(inputs, width, 1, stride=stride, relu=False) if first else nn.Identity()
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        return [self._one_resolution(x) for x in features]
-
-    def _one_resolution(self, x: Tensor) -> Tensor:
-        residual = self.conv3(self.se(self.conv2(self.conv1(x))))
-        return F.relu(residual + self.downsample(x), inplace=True)
+        residuals = self.conv3(self.se(self.conv2(self.conv1(features))))
+        shortcuts = self.downsample(features)
+        return [F.relu(a + b, inplace=True) for a, b in zip(residuals, shortcuts, strict=True)]
 
 
 class RegNetY(nn.Module):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from seer import __version__
-from seer.errors import UserError, closest
+from seer.errors import ToldElsewhere, UserError, closest
 
 
 class Verb(NamedTuple):
@@ -30,8 +30,11 @@ class Verb(NamedTuple):
 VERBS = {
     "shards": Verb("pack images into tar shards, index and verify shards", "seer.cli.shards"),
     "train": Verb("pretrain a RegNetY on shards, without labels", "seer.cli.train"),
+    "launch": Verb("put a run on the GPUs of this machine or of a SLURM cluster", "seer.cli.launch"),
     "evaluate": Verb("score a run's features on labelled shards", "seer.cli.evaluate"),
     "export": Verb("write a run's weights as a file that timm loads", "seer.cli.export"),
+    "runs": Verb("list runs: state, step, speed, loss, time left", "seer.cli.runs"),
+    "doctor": Verb("look over this machine, and say what to mend", "seer.cli.doctor"),
 }
 
 # What the machine refuses and a user can mend, wherever it surfaces.
@@ -60,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"seer: {error}", file=sys.stderr)
+        if not isinstance(error, ToldElsewhere):
+            print(f"seer: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("seer: interrupted", file=sys.stderr)

@@ -15,8 +15,6 @@ from seer.config import TrainConfig
 from seer.errors import UserError
 from seer.run_directory import checkpoints_of, read_run
 
-_PREFIX = "model/backbone."
-
 
 class SavedRun(NamedTuple):
     """A run's configuration, and its backbone on the CPU as the newest checkpoint has it, in evaluation mode."""
@@ -50,12 +48,7 @@ def load_run(run_dir: str) -> SavedRun:
             f"a run is saved every {config.checkpoint.every_steps} steps and at its end",
             "wait for the first one",
         )
-    backbone = build.backbone(config, device=torch.device("cpu"), dtype=build.precision_of(config)[0])
-    tensors = checkpoint.tensors()
-    backbone.load_state_dict(
-        {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
-    )
-    return SavedRun(config, backbone.eval(), checkpoint.step)
+    return SavedRun(config, build.saved_backbone(config, checkpoint.tensors("model/backbone.")), checkpoint.step)
 
 
 def untrained_backbone(config: TrainConfig) -> RegNetY:

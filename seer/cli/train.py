@@ -16,8 +16,12 @@ import yaml
 
 from seer import config as schema
 from seer.cli.steadfast import Steadfast
-from seer.compose import compose, flat, groups, key_types
+from seer.compose import compose, flat, groups, key_types, thaw
 from seer.config import TrainConfig, freeze
+from seer.errors import ToldElsewhere, UserError
+from seer.launching import slurm
+from seer.launching.entry import leave_status, read_frozen
+from seer.rank_environment import told_once
 from seer.validation import validate
 
 HELP = """\
@@ -25,11 +29,18 @@ Examples:
   seer train experiment=small data.shards='SHARDS_DIR/*.tar' run_dir=RUN
   seer train experiment=small data.shards='SHARDS_DIR/train-{000..127}.tar' run_dir=RUN train.steps=20000 backbone=1.6gf
   seer train experiment=demo --print-config
+  torchrun --standalone --nproc-per-node 2 -m seer train experiment=small data.shards='SHARDS_DIR/*.tar' run_dir=RUN
 
 Trains until train.steps; the same command goes on where the run stands, and prints the result of one that is finished.
 What follows is KEY=VALUE. Patterns stand in quotes, so that the shell leaves them alone; a list is '[a,b]'.
---print-config shows the composed configuration and trains nothing.
+It is one process, or each of several that torchrun or srun started; `seer launch` starts them by itself.
+
+  --print-config  show the composed configuration and train nothing
+  --take-over     go on although a process on another machine holds the run: if you know that it is gone
+  --frozen FILE   the configuration that `seer launch` composed and saved, in place of KEY=VALUE
 """
+
+_EARLY_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run(argv: list[str]) -> int:
@@ -37,24 +48,68 @@ def run(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(help_text(), end="")
         return 0
-    config = compose([word for word in argv if word != "--print-config"])
-    validate(config)
+    words = [word for word in argv if word not in ("--print-config", "--take-over")]
+    if words[:1] == ["--frozen"]:
+        if len(words) != 2:
+            raise UserError("seer train --frozen", "it takes one file and no KEY=VALUE", "see seer train --help")
+        return _train_frozen(words[1], take_over="--take-over" in argv)
+    with told_once():
+        config = compose(words)
+        validate(config)
     if "--print-config" in argv:
         print(yaml.safe_dump(freeze(config), sort_keys=False, allow_unicode=True, width=120), end="")
         return 0
-    before = signal.signal(signal.SIGTERM, _stopped_before_it_began)
-    try:
-        from seer.training import loop  # imports torch, and so comes after everything that can be refused without it
+    return _train(config, take_over="--take-over" in argv)
 
-        with contextlib.redirect_stdout(Steadfast(sys.stdout)):
-            return loop.run(config).exit_code
+
+def run_frozen(path: str) -> None:
+    """What each process of a cluster's job calls: `seer train --frozen PATH`; ends the process if that failed."""
+    from seer.cli.main import main
+
+    if code := main(["train", "--frozen", path]):
+        raise SystemExit(code)
+
+
+def _train_frozen(path: str, *, take_over: bool) -> int:
+    try:
+        with told_once():
+            config = thaw(read_frozen(path))
+        code = _train(config, take_over=take_over)
+    except ToldElsewhere:
+        raise
+    except UserError as error:
+        leave_status(2, str(error))
+        raise
+    except SystemExit as end:
+        leave_status(int(end.code or 0), None)
+        raise
+    leave_status(code, None)
+    return code
+
+
+def _train(config: TrainConfig, *, take_over: bool) -> int:
+    before = {number: signal.signal(number, _stopped_before_it_began) for number in _EARLY_SIGNALS}
+    try:
+        from seer import distributed  # imports torch, and so comes after everything that can be refused without it
+        from seer.training import loop
+
+        try:
+            with contextlib.redirect_stdout(Steadfast(sys.stdout)):
+                result = loop.run(config, take_over=take_over)
+        except distributed.LostRank as lost:
+            print(f"seer: {lost}", file=sys.stderr, flush=True)
+            return 75
+        if result.again and (why_not := slurm.requeue()):
+            print(f"seer: not queued again ({why_not}); the same command goes on", file=sys.stderr, flush=True)
+        return result.exit_code
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stopped_before_it_began(number: int, frame: object) -> None:
     """The run's own handler takes over as soon as there is something to save."""
-    print("seer: SIGTERM before the first step: nothing to save", file=sys.stderr)
+    print(f"seer: {signal.Signals(number).name} before the first step: nothing to save", file=sys.stderr)
     raise SystemExit(75)
 
 

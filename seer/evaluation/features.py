@@ -88,21 +88,31 @@ def labelled_crops(
     batch_size: int = 256,
     max_images: int | None = None,
     threads: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[LabelledCrops]:
     """Evaluation crops of labelled shards in batches; the next batch is decoded while the caller works on one.
+
+    Several ranks take shares that follow each other in reading order and differ by one image at most. All give the same
+    number of batches: the last ones may be empty.
 
     Args:
         shards: with a label for every image that is taken.
         image_size: side of the crops, pixels.
         batch_size: images a batch, those that cannot be decoded included.
-        max_images: as ``chosen_samples``.
+        max_images: as ``chosen_samples``, of all ranks together.
         threads: that decode; default: the cores of this process, at most 8.
+        rank, ranks: which share.
 
     Raises:
-        UserError: images without labels, a shard that was changed, or no image that can be decoded.
+        UserError: images without labels, or a shard that was changed; in one process also no image that can be decoded
+            (a rank cannot know that of the others: ``require_images``).
     """
     shard_numbers, samples = chosen_samples(shards.counts, max_images)
+    images = len(samples)
     labels = _labels(shards, shard_numbers, samples)
+    share = slice(rank * images // ranks, (rank + 1) * images // ranks)
+    shard_numbers, samples, labels = shard_numbers[share], samples[share], labels[share]
     found, bad = 0, Counter[str]()
     with ThreadPoolExecutor(threads or _cores(), "seer-decode") as pool:
 
@@ -113,11 +123,11 @@ def labelled_crops(
             return [pool.submit(_crop, image, image_size) for image in data]
 
         asked = ask(0)
-        for start in range(0, len(samples), batch_size):
+        for start in range(0, -(-images // ranks), batch_size):
             following = ask(start + batch_size)
             crops = [future.result() for future in asked]
             good = [crop for crop in crops if not isinstance(crop, str)]
-            kept = torch.tensor([not isinstance(crop, str) for crop in crops])
+            kept = torch.tensor([not isinstance(crop, str) for crop in crops], dtype=torch.bool)
             asked = following
             found += len(good)
             reasons = Counter(crop for crop in crops if isinstance(crop, str))
@@ -129,6 +139,16 @@ def labelled_crops(
                 labels[start : start + batch_size][kept],
                 reasons,
             )
+    if ranks == 1:
+        require_images(shards, found, bad)
+
+
+def require_images(shards: ShardList, found: int, bad: Counter[str]) -> None:
+    """Refuses shards of which no image could be decoded.
+
+    Raises:
+        UserError: names the first shard and the reasons.
+    """
     if not found:
         what = f"no image of {shards.shards[0].path} and what else was named can be decoded: {described(bad)}"
         raise UserError(what, "an evaluation needs images", "pack the folder again without them")
@@ -143,6 +163,9 @@ def features_of(
 ) -> LabelledFeatures:
     """Features of crops, computed in evaluation mode and without gradients.
 
+    Each batch is one call of `forward`, an empty one too (with a zero image): where weights are sharded, the forward is
+    a collective, and ranks must call it equally often.
+
     Args:
         forward: normalised images (n, 3, size, size) to features (n, F). A module, or a method of one, is put into
             evaluation mode for the time and put back, part by part.
@@ -156,11 +179,10 @@ def features_of(
         for batch in batches:
             labels.append(batch.labels)
             bad.update(batch.bad)
-            if not len(batch.crops):
-                continue
-            images = _normalised(batch.crops.to(device), torch.float64 if dtype == torch.float64 else torch.float32)
+            crops = batch.crops if len(batch.crops) else batch.crops.new_zeros(1, *batch.crops.shape[1:])
+            images = _normalised(crops.to(device), torch.float64 if dtype == torch.float64 else torch.float32)
             with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-                rows = forward(images)
+                rows = forward(images)[: len(batch.crops)]
             features.append((rows if rows.dtype == torch.float64 else rows.float()).cpu())
     return LabelledFeatures(torch.cat(features), torch.cat(labels), bad)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from seer import distributed
 from seer.errors import UserError
 from seer.evaluation.features import (
     Forward,
@@ -16,6 +18,7 @@ from seer.evaluation.features import (
     described,
     features_of,
     labelled_crops,
+    require_images,
     require_labels,
 )
 from seer.evaluation.knn import knn_top1
@@ -27,8 +30,8 @@ _KEEP_BYTES = 512 * 2**20
 class OnlineEvaluation:
     """Scores a network every so many steps on the same labelled images.
 
-    The crops are kept in memory after the first time if they take less than 512 MiB, so that later evaluations cost the
-    forward passes alone.
+    The crops are kept in memory after the first time if those of a process take less than 512 MiB, so that later
+    evaluations cost the forward passes alone. Ranks share the images out; rank 0 votes.
 
     Args:
         bank: labelled shards in which neighbours are looked for.
@@ -37,7 +40,7 @@ class OnlineEvaluation:
         image_size: side of the evaluation crops, pixels.
         k, temperature: of the vote, as in ``evaluation.knn``.
         max_bank_images, max_query_images: at most so many images, spread evenly; None takes all.
-        batch_size: images a forward pass.
+        batch_size: images a forward pass, on each rank.
         dtype: of the network's computation, as in ``features_of``.
         threads: that decode; default: the cores of this process, at most 8.
 
@@ -79,46 +82,83 @@ class OnlineEvaluation:
         """Whether this step is evaluated: every so many steps, and the last one (where `total_steps` is given)."""
         return bool(self._every_steps) and step > 0 and (step % self._every_steps == 0 or step == total_steps)
 
-    def score(self, forward: Forward, device: torch.device | str = "cpu") -> dict[str, float]:
+    def score(self, forward: Forward, device: torch.device | str = "cpu") -> dict[str, float] | None:
         """kNN of the features that `forward` makes of normalised images (n, 3, size, size), in evaluation mode.
 
+        All ranks call it together and call `forward` equally often; order of images and votes are those of one process.
+
         Returns:
-            ``knn_top1``, the share of queries whose class is predicted, in [0, 1]; ``evaluation_seconds``.
+            ``knn_top1``, the share of queries whose class is predicted, in [0, 1]; ``evaluation_seconds``. On rank 0;
+            None on the others.
 
         Raises:
-            UserError: no image that can be decoded.
+            UserError: no image that can be decoded, or a shard that was changed; on all ranks.
         """
         began = time.perf_counter()
         bank, queries = (self._features(name, forward, device) for name in self._sets)
-        top1 = knn_top1(
-            bank.features.to(device),
-            bank.labels.to(device),
-            queries.features.to(device),
-            queries.labels.to(device),
-            k=self._k,
-            temperature=self._temperature,
-        )
+        with distributed.together():
+            if distributed.rank():
+                top1 = None
+            else:
+                top1 = knn_top1(
+                    bank.features.to(device),
+                    bank.labels.to(device),
+                    queries.features.to(device),
+                    queries.labels.to(device),
+                    k=self._k,
+                    temperature=self._temperature,
+                )
+        if top1 is None:
+            return None
         return {"knn_top1": top1, "evaluation_seconds": round(time.perf_counter() - began, 3)}
 
     def _features(self, name: str, forward: Forward, device: torch.device | str) -> LabelledFeatures:
         shards, max_images = self._sets[name]
         batches: Iterable[LabelledCrops] | None = self._kept.get(name)
         if batches is None:
-            batches = labelled_crops(
-                shards,
-                image_size=self._image_size,
-                batch_size=self._batch_size,
-                max_images=max_images,
-                threads=self._threads,
+            batches = _on_all_ranks(
+                labelled_crops(
+                    shards,
+                    image_size=self._image_size,
+                    batch_size=self._batch_size,
+                    max_images=max_images,
+                    threads=self._threads,
+                    rank=distributed.rank(),
+                    ranks=distributed.world_size(),
+                )
             )
             if self._bytes() <= _KEEP_BYTES:
                 batches = self._kept[name] = list(batches)
-        features = features_of(forward, batches, device=device, dtype=self._dtype)
-        if features.bad and name not in self._told:
+        features = _gathered(features_of(forward, batches, device=device, dtype=self._dtype))
+        with distributed.together():
+            require_images(shards, len(features.labels), features.bad)
+        if features.bad and name not in self._told and distributed.rank() == 0:
             print(f"seer: evaluation, {name}: left out {described(features.bad)}", file=sys.stderr)
             self._told.add(name)
         return features
 
     def _bytes(self) -> int:
         images = sum(min(shards.samples, limit or shards.samples) for shards, limit in self._sets.values())
-        return images * self._image_size**2 * 3
+        return images * self._image_size**2 * 3 // distributed.world_size()
+
+
+def _on_all_ranks(batches: Iterator[LabelledCrops]) -> Iterator[LabelledCrops]:
+    """The batches, of which all ranks have equally many; a shard that one of them cannot read stops all."""
+    while True:
+        with distributed.together():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _gathered(own: LabelledFeatures) -> LabelledFeatures:
+    """Those of all ranks, on each of them, in the order of ranks."""
+    if distributed.world_size() == 1:
+        return own
+    parts: list[LabelledFeatures] = distributed.gather_objects(own)
+    return LabelledFeatures(
+        torch.cat([part.features for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        sum((part.bad for part in parts), Counter[str]()),
+    )

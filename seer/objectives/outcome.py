@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,9 +15,12 @@ class Outcome:
     Attributes:
         loss: scalar with a graph, at least float32: the mean over this rank's images (gradients are averaged over
             ranks).
-        figures: detached scalars on the device, by name; reading one waits for the device, so that is left to log
-            steps.
+        shares: (n,) detached, at least float32: what this rank adds to the sums that the figures are computed from. The
+            step sums them over ranks together with other things, so that figures cost no collective of their own.
+        figures: from those sums to detached scalars on the device, by name, ``loss`` among them; reading one waits for
+            the device, so that is left to log steps.
     """
 
     loss: Tensor
-    figures: dict[str, Tensor]
+    shares: Tensor
+    figures: Callable[[Tensor], dict[str, Tensor]]

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from seer import distributed, keyed_tensors
 from seer.errors import UserError
@@ -124,6 +126,9 @@ class SwAV(nn.Module):
     queue: Tensor
     queue_pushes: Tensor
 
+    BATCH_DIMENSIONS = MappingProxyType({"queue": 2})
+    """Buffers that hold this rank's part of global batches, and the dimension in which the parts of all ranks join."""
+
     def __init__(
         self,
         feature_dim: int,
@@ -190,9 +195,10 @@ class SwAV(nn.Module):
             if isinstance(module, nn.Linear):
                 for part, parameter in module.named_parameters():
                     keyed_tensors.uniform_(parameter, module.in_features**-0.5, seed=seed, name=f"{name}.{part}")
-            elif isinstance(module, nn.BatchNorm1d):
+            elif isinstance(module, _BatchNorm):
                 module.reset_parameters()
-        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+        weight = distributed.local(self.prototypes.weight)
+        weight.copy_(F.normalize(weight, dim=1))
         if self.queue_slots:
             self.queue.zero_()
             self.queue_pushes.zero_()
@@ -215,13 +221,13 @@ class SwAV(nn.Module):
             assignments: (A, N, K) to predict instead of those that Sinkhorn would give.
 
         Returns:
-            The loss (see `swav_loss`) and, as detached scalars:
-            `loss`, over all ranks;
-            `assignment_entropy`: mean entropy of single assignments over ln K, of all ranks; 1 tells collapse;
-            `mean_assignment_entropy`: entropy of the mean assignment of all ranks over ln K;
-            `prototypes_in_use`: share of prototypes that are the largest of some assignment on any rank;
-            `feature_std`: standard deviation between this rank's images (first crop, unit rows), mean over dimensions,
-            times sqrt(F): 0 when all images look alike, 1 at most.
+            The loss (see `swav_loss`) and the figures, all over the images of all ranks:
+            `loss`;
+            `assignment_entropy`: mean entropy of single assignments over ln K; 1 tells collapse;
+            `mean_assignment_entropy`: entropy of the mean assignment over ln K;
+            `prototypes_in_use`: share of prototypes that are the largest of some assignment;
+            `feature_std`: standard deviation between images (first crop, unit rows), mean over dimensions, times
+            sqrt(F): 0 when all images look alike, 1 at most.
 
         Raises:
             UserError: crops that do not fit `assigned_crops` or, with a queue, the global batch.
@@ -255,7 +261,8 @@ class SwAV(nn.Module):
                 )
             else:
                 loss = swapped_prediction_loss(scores_VNK, assignments, temperature=self.temperature)
-            return Outcome(loss, self._figures(loss.detach(), assignments, features_MF[:images].detach()))
+            shares = self._shares(loss.detach(), assignments, features_MF[:images].detach())
+            return Outcome(loss, shares, self._figures)
 
     def after_backward(self, step: int) -> None:
         """Drops the prototypes' gradient while they are frozen: no step, no decay, no momentum."""
@@ -270,7 +277,7 @@ class SwAV(nn.Module):
             finite: boolean scalar on the device, equal on all ranks; where it is false nothing changes.
             step: the step that was taken, from 0.
         """
-        weight = self.prototypes.weight
+        weight = distributed.local(self.prototypes.weight)  # sharded prototypes are whole rows
         if step >= self.freeze_prototypes_steps:
             weight.copy_(torch.where(finite, F.normalize(weight, dim=1), weight))
         rows_AND, self._new_rows_AND = self._new_rows_AND, None
@@ -283,6 +290,10 @@ class SwAV(nn.Module):
         self.queue_pushes += finite
         if self._pushes_at_most is not None:
             self._pushes_at_most += 1
+
+    def restored(self) -> None:
+        """After its buffers were written from outside: what this process knows of them is looked up again."""
+        _forget_pushes(self)
 
     def units(self) -> list[tuple[str, nn.Module]]:
         """What is sharded, checkpointed and compiled as one, by name; prototypes stay in full precision."""
@@ -316,22 +327,27 @@ class SwAV(nn.Module):
         return self._queue_is_full
 
     @torch.no_grad()
-    def _figures(self, loss: Tensor, assignments_ANK: Tensor, features_NF: Tensor) -> dict[str, Tensor]:
+    def _shares(self, loss: Tensor, assignments_ANK: Tensor, features_NF: Tensor) -> Tensor:
         flat_MK = assignments_ANK.flatten(0, 1)
-        prototypes = flat_MK.shape[1]
         used_K = torch.zeros_like(flat_MK[0]).index_fill_(0, flat_MK.argmax(dim=1), 1.0)
         entropy = torch.special.entr(flat_MK).sum(dim=1).mean()
-        sums = torch.cat([flat_MK.mean(dim=0), used_K, torch.stack([entropy, loss.to(entropy.dtype)])])
-        distributed.sum_over_ranks(sums, self.group)
-        ranks = distributed.world_size(self.group)
-        mean_K, used_K, (entropy, loss) = sums[:prototypes] / ranks, sums[prototypes:-2], sums[-2:] / ranks
-        unit_NF = F.normalize(_at_least_float32(features_NF), dim=1)
+        unit_NF = F.normalize(_at_least_float32(features_NF), dim=1).to(flat_MK.dtype)
+        means = [flat_MK.mean(dim=0), unit_NF.mean(dim=0), unit_NF.square().mean(dim=0)]
+        means += [torch.stack([entropy, loss.to(entropy.dtype)])]
+        return torch.cat([used_K, torch.cat(means) / distributed.world_size(self.group)])
+
+    @torch.no_grad()
+    def _figures(self, sums: Tensor) -> dict[str, Tensor]:
+        prototypes = self.prototypes.out_features
+        used_K, mean_K = sums[:prototypes], sums[prototypes : 2 * prototypes]
+        mean_F, mean_square_F = sums[2 * prototypes : -2].chunk(2)
+        deviation_F = (mean_square_F - mean_F.square()).clamp_(min=0).sqrt_()
         return {
-            "loss": loss,
-            "assignment_entropy": entropy / self.chance,
+            "loss": sums[-1],
+            "assignment_entropy": sums[-2] / self.chance,
             "mean_assignment_entropy": torch.special.entr(mean_K).sum() / self.chance,
             "prototypes_in_use": (used_K > 0).to(mean_K.dtype).mean(),
-            "feature_std": unit_NF.std(dim=0, correction=0).mean() * unit_NF.shape[1] ** 0.5,
+            "feature_std": deviation_F.mean() * len(mean_F) ** 0.5,
         }
 
 

@@ -1,4 +1,4 @@
-"""What is seen of a run while it goes: metrics.jsonl, TensorBoard, the progress line, the list of bad samples."""
+"""What is seen of a run while it goes: metrics.jsonl, TensorBoard, the progress line, the lists of bad samples."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from seer import distributed
 from seer.observe.metrics import MetricsFile
 from seer.observe.progress import Progress
 from seer.observe.tensorboard import TensorBoard
@@ -26,8 +27,32 @@ class BadSample(Protocol):
     def reason(self) -> str: ...
 
 
+class Quarantine:
+    """This rank's list of the samples that could not be used; steps after ``start_step`` are taken again.
+
+    Args:
+        run: the run's files.
+        start_step: steps already taken.
+    """
+
+    def __init__(self, run: RunDirectory, start_step: int) -> None:
+        self._file = MetricsFile(run.quarantine(distributed.rank()))
+        self._file.cut_back(start_step)
+
+    def record(self, step: int, bad: Sequence[BadSample]) -> None:
+        """Take note of the samples of a step's batch that were replaced.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        for sample in bad:
+            self._file.write(
+                {"step": step, "shard": str(sample.shard), "sample": int(sample.sample), "reason": sample.reason}
+            )
+
+
 class Watch:
-    """The observer that the loop calls after every step.
+    """The observer that rank 0 calls after every step.
 
     Between log steps nothing waits for the device: figures stay tensors, only times and counts of the host are summed.
     ``loss`` and the other figures of a line are those of its step (a mean over steps would change with where a run was
@@ -48,7 +73,6 @@ class Watch:
         log_every_steps: steps between two lines; the last step has one too.
         global_batch_size: images a step, over all processes.
         batches_per_epoch: batches in a pass over the data.
-        bad_samples: how many were replaced in the steps already taken.
         progress: the line on the terminal; default: on standard output.
     """
 
@@ -62,24 +86,21 @@ class Watch:
         log_every_steps: int,
         global_batch_size: int,
         batches_per_epoch: int,
-        bad_samples: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self._metrics = MetricsFile(run.metrics)
         self._evaluations = MetricsFile(run.evaluations)
-        self._quarantine = MetricsFile(run.quarantine())
-        for file in (self._metrics, self._evaluations, self._quarantine):
+        for file in (self._metrics, self._evaluations):
             file.cut_back(start_step)
         self._tensorboard = TensorBoard(run.tensorboard, start_step)
         self._progress = progress or Progress(total_steps, chance)
-        self._total_steps = total_steps
+        self.total_steps = total_steps
         self._chance = chance
         self._log_every_steps = log_every_steps
         self._global_batch_size = global_batch_size
         self._batches_per_epoch = batches_per_epoch
         self._start_step = start_step
 
-        self.bad_samples = bad_samples
         self._figures: Mapping[str, Tensor] = {}
         self._pending: dict[str, Any] | None = None  # the line of a step whose evaluation is still to come
         before, evaluated = self._metrics.read(), self._evaluations.read()
@@ -109,9 +130,9 @@ class Watch:
         figures: Mapping[str, Tensor],
         learning_rate: float,
         data_wait_seconds: float,
-        bad: Sequence[BadSample],
-        skipped_steps: Tensor,
         *,
+        bad_samples: Tensor,
+        skipped_steps: Tensor,
         evaluation_follows: bool = False,
     ) -> None:
         """Take note of a step.
@@ -121,7 +142,7 @@ class Watch:
             figures: scalars on any device, ``loss`` among them; detached.
             learning_rate: of this step.
             data_wait_seconds: how long the step waited for its batch.
-            bad: samples of the batch that were replaced.
+            bad_samples: integer scalar, all images so far, of all ranks, that were replaced.
             skipped_steps: integer scalar, all steps so far that changed nothing because they were not finite.
             evaluation_follows: ``record_evaluation`` will be called for this step; its scores join the step's line.
 
@@ -131,14 +152,9 @@ class Watch:
         self._write_pending()
         self._figures = figures
         self._waited += data_wait_seconds
-        self.bad_samples += len(bad)
-        for sample in bad:
-            self._quarantine.write(
-                {"step": step, "shard": str(sample.shard), "sample": int(sample.sample), "reason": sample.reason}
-            )
-        if step % self._log_every_steps and step != self._total_steps and not evaluation_follows:
+        if step % self._log_every_steps and step != self.total_steps and not evaluation_follows:
             return
-        self._pending = self._line(step, figures, learning_rate, skipped_steps)
+        self._pending = self._line(step, figures, learning_rate, bad_samples, skipped_steps)
         if not evaluation_follows:
             self._write_pending()
 
@@ -166,11 +182,17 @@ class Watch:
         self._progress.close()
 
     def _line(
-        self, step: int, figures: Mapping[str, Tensor], learning_rate: float, skipped_steps: Tensor
+        self,
+        step: int,
+        figures: Mapping[str, Tensor],
+        learning_rate: float,
+        bad_samples: Tensor,
+        skipped_steps: Tensor,
     ) -> dict[str, Any]:
         # One copy from the device, which waits once for all figures.
-        numbers = torch.stack([value.detach().double() for value in (skipped_steps, *figures.values())]).tolist()
-        values = dict(zip(figures, map(_finite, numbers[1:]), strict=True))
+        scalars = (bad_samples, skipped_steps, *figures.values())
+        bad, skipped, *numbers = torch.stack([value.detach().double() for value in scalars]).tolist()
+        values = dict(zip(figures, map(_finite, numbers), strict=True))
         now = time.perf_counter()
         elapsed = max(now - self._interval_began, 1e-9)
         images = (step - self._interval_step) * self._global_batch_size
@@ -183,8 +205,8 @@ class Watch:
             "lr": learning_rate,
             "images_per_s": round(images / elapsed, 2),
             "data_wait_share": round(min(1.0, self._waited / elapsed), 4),
-            "bad_samples": self.bad_samples,
-            "skipped_steps": int(numbers[0]),
+            "bad_samples": int(bad),
+            "skipped_steps": int(skipped),
             **values,
             "seconds": round(self.seconds, 3),
         }
@@ -203,7 +225,7 @@ class Watch:
             loss=line["loss"],
             images_per_s=line["images_per_s"],
             data_wait_share=line["data_wait_share"],
-            seconds_left=(time.perf_counter() - self._began) / done * (self._total_steps - line["step"]),
+            seconds_left=(time.perf_counter() - self._began) / done * (self.total_steps - line["step"]),
             knn_top1=(self.last_evaluation or {}).get("knn_top1"),
         )
 

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
+
+from seer.distributed import local
 
 
 class MaskedAdamW(torch.optim.AdamW):
@@ -44,14 +47,41 @@ class MaskedAdamW(torch.optim.AdamW):
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             }
 
-    def step(self, closure: None = None, *, finite: Tensor | None = None) -> None:  # type: ignore[override]
+    def partial_square_norms(self) -> Tensor:
+        """Empty: this optimizer needs no norms (see LARC)."""
+        return torch.empty(0, device=self.param_groups[0]["params"][0].device)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: None = None, *, finite: Tensor | None = None, square_norms: Tensor | None = None
+    ) -> None:
         """Takes one step, without host synchronisation.
 
         Args:
             closure: not supported.
+            square_norms: not looked at (see LARC).
             finite: boolean scalar, equal on all ranks; where it is false nothing changes, step counts included,
                 whatever the gradients hold. None: take the step.
         """
-        # The name under which torch's gradient scaler tells fused optimizers to skip; its kernel then returns early.
-        self.found_inf = None if finite is None else (~finite).to(torch.float32)
-        super().step()
+        found_inf = None if finite is None else (~finite).to(torch.float32)  # the kernel then returns early
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] for p in parameters]
+            # torch's kernel on each rank's own part: element by element, it needs nothing of the others.
+            adamw(
+                [local(p) for p in parameters],
+                [local(p.grad) for p in parameters],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                found_inf=found_inf,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seer import build
+from seer import build, distributed
 from seer.checkpoint.store import CheckpointStore
 from seer.config import TrainConfig, freeze
 from seer.data.stream import DataStream, lost_worker
@@ -18,11 +18,12 @@ from seer.derived import Resolved, resolve
 from seer.errors import UserError
 from seer.evaluation.online import OnlineEvaluation
 from seer.handoff.timm_format import export_timm, load_exported
-from seer.observe.watch import Watch
-from seer.parallel.running_statistics import RunningStatistics
+from seer.launching import slurm
+from seer.observe.watch import Quarantine, Watch
+from seer.rank_environment import rank_environment, told_once
 from seer.run_directory import RunDirectory, checkpoints_of
 from seer.shard_index import ShardList
-from seer.training.state import TrainState, load_state, state_tensors
+from seer.training.state import TrainState, fresh_state, load_state, state_tensors
 from seer.training.step import StepSettings, float_crops, set_learning_rate, train_step
 from seer.training.stop import EXIT_STOPPED, StopRequest
 from seer.validation import validate
@@ -30,56 +31,92 @@ from seer.validation import validate
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: ``result`` is what stands in RUN/result.json."""
+    """How a run ended on this rank.
+
+    Attributes:
+        exit_code: 0 finished, 75 stopped.
+        result: what stands in RUN/result.json; empty on other ranks than the first.
+        again: the run was stopped by the end of its job and made progress in it: it shall be queued again.
+    """
 
     exit_code: int
     result: dict[str, Any]
+    again: bool = False
 
 
-def run(config: TrainConfig) -> Result:
-    """Train from wherever the run directory stands to ``train.steps``, or until a signal asks to stop.
+def run(config: TrainConfig, *, take_over: bool = False) -> Result:
+    """Train from wherever the run directory stands to ``train.steps``, or until a signal or the clock asks to stop.
+
+    Every process of the run calls it; what the launcher set in the environment says which one this is.
+
+    Args:
+        config: composed.
+        take_over: go on although a process on another machine holds the run, of which nobody can tell whether it lives.
 
     Raises:
         UserError: what the configuration or the data make impossible, before anything is written where possible.
+        LostRank: another process of the run is gone.
     """
-    validate(config)
-    device = build.device_of(config)
-    resolved = resolve(config, device=device.type)
-    torch.set_num_threads(resolved["train.threads"].value)
-    stream = build.stream(config, workers=resolved["data.workers"].value)
-    evaluation = _evaluation(config)
-    peak = resolved["optimizer.learning_rate"].value
-    schedule = build.schedule(config, peak=peak, warmup_steps=resolved["optimizer.warmup_steps"].value)
-    initial_weights = _initial_weights(config)
+    with told_once():
+        environment = rank_environment()
+        validate(config, world_size=environment.world_size if environment else 1)
+        device = build.device_of(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with distributed.processes(device, timeout_seconds=config.parallel.timeout_seconds):
+        return _run(config, device, take_over)
 
-    with RunDirectory.open(config.run_dir, freeze(config), resolved=resolved, data=stream.identity()) as run:
-        finished = run.finished()
-        if finished is not None:
+
+def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
+    first = distributed.rank() == 0
+    with distributed.together():
+        strategy = build.strategy(config, device=device)
+        resolved = resolve(config, device=device.type) | {"parallel.strategy": strategy}
+        torch.set_num_threads(resolved["train.threads"].value)
+        stream = build.stream(config, workers=resolved["data.workers"].value)
+        evaluation = _evaluation(config)
+        peak = resolved["optimizer.learning_rate"].value
+        schedule = build.schedule(config, peak=peak, warmup_steps=resolved["optimizer.warmup_steps"].value)
+        initial_weights = _initial_weights(config)
+    with distributed.together():
+        run = (
+            RunDirectory.open(
+                config.run_dir, freeze(config), resolved=resolved, data=stream.identity(), take_over=take_over
+            )
+            if first
+            else RunDirectory.join(config.run_dir, freeze(config))
+        )
+
+    with run:
+        with distributed.together():
+            finished = run.finished() if first else None
+        if (finished := distributed.of_first_rank(finished)) is not None:
             stream.close()
-            _conclude(run, finished)
-            print(f"{run.folder} is finished; delete it or name another run_dir to train anew")
-            return Result(0, finished)
-        state = _start(config, device, peak)
+            if first:
+                _conclude(run, finished)
+                print(f"{run.folder} is finished; delete it or name another run_dir to train anew")
+            return Result(0, finished if first else {})
+        state = fresh_state(config, device=device, strategy=strategy.value, learning_rate=peak)
         if initial_weights is not None:
-            state.learner.backbone.load_state_dict(initial_weights, strict=True)
-        checkpoints = CheckpointStore(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every_steps)
+            for name, tensor in state.learner.backbone.state_dict().items():
+                distributed.fill(tensor, initial_weights[name])
+        checkpoints = CheckpointStore(
+            run.checkpoints,
+            config.checkpoint.keep,
+            config.checkpoint.keep_every_steps,
+            may_publish=run.require_ownership,
+        )
         newest = checkpoints.newest()
         if newest is not None:
             load_state(state, newest)
-        saved_step = None if newest is None else newest.step
+        start_step = saved_step = None if newest is None else newest.step
         settings = _settings(config, device)
-        watch = Watch(
-            run,
-            start_step=state.step,
-            total_steps=config.train.steps,
-            chance=state.learner.objective.chance,
-            log_every_steps=config.train.log_every_steps,
-            global_batch_size=config.train.global_batch_size,
-            batches_per_epoch=stream.batches_per_epoch,
-            bad_samples=state.bad_samples,
-        )
-        _introduce(config, run, stream, state, device, resolved)
-        stop = StopRequest()
+        with distributed.together():
+            quarantine = Quarantine(run, state.step)
+            watch = _watch(config, run, state, stream) if first else None
+        if first:
+            _introduce(config, run, stream, state, device, resolved)
+        stop = _stop_request(config)
         batches = stream.batches(state.batch_index)
         try:
             while state.step < config.train.steps and not stop.agreed():
@@ -87,43 +124,52 @@ def run(config: TrainConfig) -> Result:
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - asked
-                outcome = train_step(state, float_crops(batch, settings), settings)
-                state.bad_samples += len(batch.bad)
+                crops = float_crops(batch, settings)
+                outcome = train_step(state, crops, settings, bad_samples=len(batch.bad), requests=stop.of_this_rank())
+                stop.observe(outcome.requests)
+                quarantine.record(state.step, batch.bad)
                 evaluating = evaluation is not None and evaluation.due(state.step, config.train.steps)
-                watch.record(
-                    state.step,
-                    outcome.figures,
-                    learning_rate,
-                    waited,
-                    batch.bad,
-                    state.skipped_steps,
-                    evaluation_follows=evaluating,
-                )
+                if watch is not None:
+                    watch.record(
+                        state.step,
+                        outcome.figures,
+                        learning_rate,
+                        waited,
+                        bad_samples=state.bad_samples,
+                        skipped_steps=state.skipped_steps,
+                        evaluation_follows=evaluating,
+                    )
                 if evaluation is not None and evaluating:
-                    watch.record_evaluation(state.step, evaluation.score(state.learner.features, device))
+                    scores = evaluation.score(state.learner.features, device)
+                    if watch is not None and scores is not None:
+                        watch.record_evaluation(state.step, scores)
                 if state.step % config.checkpoint.every_steps == 0:
-                    saved_step = _save(checkpoints, state)
+                    saved_step = _save(checkpoints, state, stop)
             if saved_step != state.step:
-                _save(checkpoints, state)
+                _save(checkpoints, state, stop)
         except RuntimeError as error:
             if lost := lost_worker(error):
                 raise lost from None
+            if distributed.lost_rank(error):
+                what = f"another process of the run is gone ({_first_line(error)})"
+                raise distributed.LostRank(f"{what}: the same command goes on from the last checkpoint") from error
             raise
         finally:
             stop.close()
             stream.close()
-            watch.close()
-        return _close(config, run, state, watch)
-
-
-def _start(config: TrainConfig, device: torch.device, learning_rate: float) -> TrainState:
-    learner = build.learner(config, device=device)
-    return TrainState(
-        learner=learner,
-        statistics=RunningStatistics(learner),
-        optimizer=build.optimizer(config, learner, learning_rate),
-        skipped_steps=torch.zeros((), dtype=torch.int64, device=device),
-    )
+            if watch is not None:
+                watch.close()
+        finished_now = state.step >= config.train.steps
+        last = checkpoints.newest() if finished_now else None
+        result: dict[str, Any] = {}
+        if watch is not None:
+            result = _result(state, watch)
+            if last is not None:
+                result["exports"] = [_export(config, run, last.tensors("model/backbone."), state.step)]
+            run.write_result(result)
+            _conclude(run, result)
+        progress = start_step is None or state.step > start_step
+        return Result(0 if finished_now else EXIT_STOPPED, result, again=first and stop.again and progress)
 
 
 def _initial_weights(config: TrainConfig) -> dict[str, Tensor] | None:
@@ -174,9 +220,28 @@ def _evaluation(config: TrainConfig) -> OnlineEvaluation | None:
     )
 
 
-def _save(checkpoints: CheckpointStore, state: TrainState) -> int:
-    position = {"step": state.step, "batch_index": state.batch_index, "bad_samples": state.bad_samples}
-    checkpoints.save(state.step, state_tensors(state), position)
+def _watch(config: TrainConfig, run: RunDirectory, state: TrainState, stream: DataStream) -> Watch:
+    return Watch(
+        run,
+        start_step=state.step,
+        total_steps=config.train.steps,
+        chance=state.learner.objective.chance,
+        log_every_steps=config.train.log_every_steps,
+        global_batch_size=config.train.global_batch_size,
+        batches_per_epoch=stream.batches_per_epoch,
+    )
+
+
+def _stop_request(config: TrainConfig) -> StopRequest:
+    end = slurm.job_end_time() if distributed.rank() == 0 else None
+    deadline = None if end is None else end - config.launch.stop_before_end_seconds
+    return StopRequest(deadline=deadline, patient=slurm.job_id() is not None)
+
+
+def _save(checkpoints: CheckpointStore, state: TrainState, stop: StopRequest) -> int:
+    began = time.perf_counter()
+    checkpoints.save(state.step, state_tensors(state), {"step": state.step, "batch_index": state.batch_index})
+    stop.save_seconds = time.perf_counter() - began
     return state.step
 
 
@@ -190,8 +255,10 @@ def _introduce(
 ) -> None:
     """What is about to happen, and every derived value with its reason."""
     weights = sum(parameter.numel() for parameter in state.learner.backbone.parameters())
+    ranks = distributed.world_size()
+    where = device.type if ranks == 1 else f"{ranks} x {device.type}"
     print(
-        f"{run.folder}: {config.backbone.name} ({weights / 1e6:.2f} M weights) on {device.type}, "
+        f"{run.folder}: {config.backbone.name} ({weights / 1e6:.2f} M weights) on {where}, "
         f"{config.train.precision}, {stream.samples:,} images, batches of {config.train.global_batch_size}, "
         f"{config.train.steps:,} steps ({config.train.steps / stream.batches_per_epoch:.1f} epochs)"
     )
@@ -219,29 +286,26 @@ def _conclude(run: RunDirectory, result: dict[str, Any]) -> None:
         print(f"the same command goes on from {run.checkpoints}")
 
 
-def _close(config: TrainConfig, run: RunDirectory, state: TrainState, watch: Watch) -> Result:
-    finished = state.step >= config.train.steps
+def _result(state: TrainState, watch: Watch) -> dict[str, Any]:
     result: dict[str, Any] = {
-        "state": "finished" if finished else "stopped",
+        "state": "finished" if state.step >= watch.total_steps else "stopped",
         "steps": state.step,
         "seconds": watch.seconds,
         "loss": watch.last_loss,
         "chance": state.learner.objective.chance,
         "skipped_steps": int(state.skipped_steps),
-        "bad_samples": state.bad_samples,
+        "bad_samples": int(state.bad_samples),
         "exports": [],
     }
-    if watch.last_evaluation is not None:
-        result |= watch.last_evaluation
-    if finished:
-        run.exports.mkdir(exist_ok=True)
-        weights = export_timm(
-            state.learner.backbone,
-            run.exports / "regnety.safetensors",
-            image_size=config.data.large.size,
-            step=state.step,
-        )
-        result["exports"] = [str(weights.resolve())]
-    run.write_result(result)
-    _conclude(run, result)
-    return Result(0 if finished else EXIT_STOPPED, result)
+    return result | (watch.last_evaluation or {})
+
+
+def _export(config: TrainConfig, run: RunDirectory, tensors: dict[str, Tensor], step: int) -> str:
+    run.exports.mkdir(exist_ok=True)
+    backbone = build.saved_backbone(config, tensors)
+    weights = export_timm(backbone, run.exports / "regnety.safetensors", image_size=config.data.large.size, step=step)
+    return str(weights.resolve())
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

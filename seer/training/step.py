@@ -13,6 +13,7 @@ from seer.data.photometric import photometric
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.stream import Batch
 from seer.objectives.outcome import Outcome
+from seer.parallel.strategies import average_replicated_gradients
 from seer.training.state import TrainState
 
 
@@ -26,7 +27,7 @@ class StepSettings:
         autocast: the backbone's dtype under autocast, or None.
         channels_last: the memory format of crops and convolutions.
         photometric: colour and blur.
-        average_statistics: whether running statistics are averaged over ranks.
+        average_statistics: whether running statistics are averaged over ranks (BatchNorm sees its own rank only).
     """
 
     device: torch.device
@@ -57,40 +58,78 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def train_step(state: TrainState, crops: list[Tensor], settings: StepSettings) -> Outcome:
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step tells, equal on all ranks; scalars on the device, so that nobody waits for it.
+
+    Attributes:
+        figures: the objective's, over all ranks.
+        requests: (2,) how many ranks asked to stop, and how many of them to be queued again.
+    """
+
+    figures: dict[str, Tensor]
+    requests: Tensor
+
+
+def train_step(
+    state: TrainState,
+    crops: list[Tensor],
+    settings: StepSettings,
+    *,
+    bad_samples: int = 0,
+    requests: tuple[bool, bool] = (False, False),
+) -> StepOutcome:
     """Forward, backward and the update of everything, or of nothing where any value of any rank is not finite.
 
     Args:
         state: moved in place.
-        crops: float crops, a list of (crops x N, 3, H, W), one a resolution, the large ones first.
-
-    Returns:
-        The objective's outcome: loss and figures, on the device, without host synchronisation.
+        crops: float crops of this rank, a list of (crops x N, 3, H, W), one a resolution, the large ones first.
+        bad_samples: images of this rank's part that were replaced.
+        requests: whether this rank asks to stop, and to be queued again.
     """
     learner, optimizer = state.learner, state.optimizer
     learner.train()
     state.statistics.remember()
     with torch.autocast(settings.device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
-        outcome: Outcome = learner(crops)
+        outcome: Outcome = state.forward(crops)
     optimizer.zero_grad(set_to_none=True)
     outcome.loss.backward()  # type: ignore[no-untyped-call]
+    average_replicated_gradients(state.replicated)
     learner.objective.after_backward(state.step)
-    finite = _everything_finite(outcome.loss, learner)
-    optimizer.step(finite=finite)
+    finite, bad, agreed, shares, square_norms = _agree(outcome, state, bad_samples, requests)
+    optimizer.step(finite=finite, square_norms=square_norms)
     state.statistics.settle(finite, average=settings.average_statistics)
     learner.objective.after_step(finite, state.step)
     state.skipped_steps += ~finite
+    state.bad_samples += bad
     state.step += 1
     state.batch_index += 1
-    return outcome
+    return StepOutcome(outcome.figures(shares), agreed)
 
 
 @torch.no_grad()
-def _everything_finite(loss: Tensor, learner: Learner) -> Tensor:
-    """Whether loss and all gradients of all ranks are finite: a boolean scalar on the device, equal on all ranks."""
-    gradients = [parameter.grad for parameter in learner.parameters() if parameter.grad is not None]
+def _agree(
+    outcome: Outcome, state: TrainState, bad_samples: int, requests: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All that ranks tell each other about a step, in one all-reduce.
+
+    Returns:
+        Whether loss and all gradients of all ranks are finite, a boolean scalar; replaced images, int64 scalar;
+        requests (2,); the sums of the outcome's shares; those of the optimizer's square norms.
+    """
+    shares, norms = outcome.shares, state.optimizer.partial_square_norms()
+    told = distributed.from_host([bad_samples, *map(float, requests)], shares.device, shares.dtype)
+    not_finite = _not_finite(outcome.loss, state.learner).to(shares.dtype)
+    sums = distributed.sum_over_ranks(torch.cat([not_finite, told, shares, norms.to(shares.dtype)]))
+    not_finite, bad, agreed, shares, norms = torch.split(sums, [1, 1, 2, len(shares), len(norms)])
+    return not_finite[0] == 0, bad[0].to(torch.int64), agreed, shares, norms
+
+
+def _not_finite(loss: Tensor, learner: Learner) -> Tensor:
+    """(1,) float32 on the device: 0 where this rank's loss and gradients are finite."""
+    gradients = [distributed.local(parameter.grad) for parameter in learner.parameters() if parameter.grad is not None]
     bad = (~torch.isfinite(loss.detach())).to(torch.float32).reshape(1)
     # What torch's gradient scaler uses: one pass that scales by 1 and raises the flag where anything is not finite. It
     # is twenty times as fast on a CPU as norms (docs/LOG.md), and a large but finite gradient cannot overflow in it.
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, bad, torch.ones_like(bad))
-    return distributed.all_finite(bad == 0)
+    return bad

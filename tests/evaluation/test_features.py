@@ -1,6 +1,7 @@
 """Features of labelled shards: the decided crop, in order, in evaluation mode; bad images are left out and counted."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from torch import nn
 from seer.data.crops import MEAN, STD, evaluation_crop
 from seer.errors import UserError
 from seer.evaluation.features import (
+    LabelledCrops,
     chosen_samples,
     described,
+    features_of,
     image_features,
     labelled_crops,
     pixel_features,
@@ -43,6 +46,30 @@ def test_batches_and_threads_change_nothing(tmp_path, batch_size, threads):
     one = image_features(flat, shards, image_size=16)
     other = image_features(flat, shards, image_size=16, batch_size=batch_size, threads=threads)
     assert torch.equal(one.features, other.features) and torch.equal(one.labels, other.labels)
+
+
+@pytest.mark.parametrize("images", [3, 4, 9])
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_shares_of_ranks_make_up_the_whole_in_order_and_have_equally_many_batches(tmp_path, n, images):
+    shards = labelled(tmp_path, (images - 2, 2))
+    (whole,) = labelled_crops(shards, image_size=16)
+    shares = [list(labelled_crops(shards, image_size=16, batch_size=2, rank=rank, ranks=n)) for rank in range(n)]
+    assert {len(share) for share in shares} == {math.ceil(math.ceil(images / n) / 2)}
+    for part in ("crops", "labels"):
+        rows = torch.cat([getattr(batch, part) for share in shares for batch in share])
+        assert torch.equal(rows, getattr(whole, part))
+    sizes = [sum(len(batch.labels) for batch in share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_an_empty_batch_is_a_forward_too(tmp_path):
+    (batch,) = labelled_crops(labelled(tmp_path), image_size=16)
+    calls = []
+    empty = LabelledCrops(batch.crops[:0], batch.labels[:0], batch.bad)
+    found = features_of(lambda images: calls.append(len(images)) or flat(images), [empty, batch, empty])
+    assert calls == [1, 12, 1]
+    assert found.features.shape == (12, 768) and torch.equal(found.labels, batch.labels)
+    assert features_of(flat, [empty]).features.shape == (0, 768)
 
 
 def test_bad_images_are_left_out_and_counted(tmp_path):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from host_sync import NoHostSync
-from objective_suite import FEATURES, SmallBackbone
+from objective_suite import FEATURES, SmallBackbone, figures_of
 from ranks import ranks
 
 from seer.objectives.swav import SwAV, swav_loss
@@ -145,14 +145,14 @@ def trained(steps):
     part, parts = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(part)  # nothing may come from here
     model, backbone = objective(), small_backbone()
-    figures = [train_step(model, backbone, step, part, parts).figures for step in range(steps)]
+    figures = [figures_of(train_step(model, backbone, step, part, parts)) for step in range(steps)]
     return model.queue, int(model.queue_pushes), figures, model.prototypes.weight.detach()
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_several_ranks_equal_one(n):
     model, backbone = objective(), small_backbone()
-    wanted = [train_step(model, backbone, step).figures for step in range(9)]
+    wanted = [figures_of(train_step(model, backbone, step)) for step in range(9)]
     parts = ranks(n).run(trained, 9)
     assert {part[1] for part in parts} == {int(model.queue_pushes)} == {6}
     assert parts[0][0].shape == (SLOTS, 2, IMAGES // n, 7)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from objective_suite import FEATURES, ObjectiveSuite, SmallBackbone
+from objective_suite import FEATURES, ObjectiveSuite, SmallBackbone, figures_of
 from ranks import ranks
 from torch import nn
 
@@ -231,7 +231,7 @@ def test_forward_is_head_unit_rows_prototypes_and_loss():
     given = objective(backbone, crops, assignments=other)
     wanted = swapped_prediction_loss(scores, other, temperature=0.1)
     assert given.loss.item() == pytest.approx(wanted.item(), rel=1e-12)
-    figures = outcome.figures
+    figures = figures_of(outcome)
     rows = q.flatten(0, 1)
     entropy = -(rows * rows.log()).sum(1).mean() / math.log(10)
     assert figures["assignment_entropy"].item() == pytest.approx(entropy.item(), rel=1e-9)
@@ -248,9 +248,9 @@ def test_figures_tell_collapse():
     objective, suite = SwAV(FEATURES, **{**SETTINGS, "prototypes": 4}), TestSwAV()
     same = [torch.ones_like(group) for group in suite.crops()]
     outcome = objective(suite.backbone(), same)
-    assert outcome.figures["assignment_entropy"].item() == pytest.approx(1.0, abs=1e-4)
-    assert outcome.figures["mean_assignment_entropy"].item() == pytest.approx(1.0, abs=1e-4)
-    assert outcome.figures["feature_std"].item() < 1e-3
+    assert figures_of(outcome)["assignment_entropy"].item() == pytest.approx(1.0, abs=1e-4)
+    assert figures_of(outcome)["mean_assignment_entropy"].item() == pytest.approx(1.0, abs=1e-4)
+    assert figures_of(outcome)["feature_std"].item() < 1e-3
 
 
 def test_scores_and_figures_stay_wide_under_autocast_while_linears_of_the_head_are_narrow():
@@ -261,7 +261,7 @@ def test_scores_and_figures_stay_wide_under_autocast_while_linears_of_the_head_a
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outcome = objective(suite.backbone(), suite.crops())
     assert seen == {"head": torch.bfloat16, "scores": torch.float32}
-    assert {figure.dtype for figure in outcome.figures.values()} == {torch.float32}
+    assert {figure.dtype for figure in figures_of(outcome).values()} == {torch.float32}
     outcome.loss.backward()
     assert objective.prototypes.weight.grad.dtype == torch.float32
 

@@ -16,7 +16,7 @@ from seer.errors import UserError
 from seer.observe.metrics import MetricsFile
 from seer.observe.progress import Progress
 from seer.observe.tensorboard import TensorBoard
-from seer.observe.watch import Watch
+from seer.observe.watch import Quarantine, Watch
 from seer.run_directory import RunDirectory
 
 KEYS = {
@@ -44,7 +44,7 @@ def run(tmp_path):
         yield run
 
 
-def watching(run: RunDirectory, *, start_step: int = 0, every: int = 2, bad_samples: int = 0) -> Watch:
+def watching(run: RunDirectory, *, start_step: int = 0, every: int = 2) -> Watch:
     return Watch(
         run,
         start_step=start_step,
@@ -53,7 +53,6 @@ def watching(run: RunDirectory, *, start_step: int = 0, every: int = 2, bad_samp
         log_every_steps=every,
         global_batch_size=8,
         batches_per_epoch=3,
-        bad_samples=bad_samples,
         progress=Progress(5, math.log(64), Console(file=io.StringIO())),
     )
 
@@ -63,8 +62,9 @@ def figures(loss: float = 3.0) -> dict[str, torch.Tensor]:
     return {"loss": torch.tensor(loss, dtype=torch.float64)} | {name: torch.tensor(0.5) for name in names}
 
 
-def record(watch: Watch, step: int, *, loss: float = 3.0, bad=(), skipped: int = 0, **options) -> None:
-    watch.record(step, figures(loss), 0.1, 0.001, bad, torch.tensor(skipped), **options)
+def record(watch: Watch, step: int, *, loss: float = 3.0, bad: int = 0, skipped: int = 0, **options) -> None:
+    counts = {"bad_samples": torch.tensor(bad), "skipped_steps": torch.tensor(skipped)}
+    watch.record(step, figures(loss), 0.1, 0.001, **counts, **options)
 
 
 def bad(sample: int) -> SimpleNamespace:
@@ -74,7 +74,7 @@ def bad(sample: int) -> SimpleNamespace:
 def test_lines_and_their_keys(run):
     watch = watching(run)
     for step in range(1, 6):
-        record(watch, step, loss=float(step), bad=[bad(step)] if step in (1, 4) else [])
+        record(watch, step, loss=float(step), bad=1 if step < 4 else 2)
     watch.close()
     lines = MetricsFile(run.metrics).read()
     assert [line["step"] for line in lines] == [2, 4, 5]  # every second one, and the last
@@ -85,9 +85,6 @@ def test_lines_and_their_keys(run):
     assert lines[0]["epoch"] == pytest.approx(2 / 3, abs=1e-4)
     assert lines[0]["lr"] == 0.1 and lines[0]["feature_std"] == 0.5
     assert all(0 < line["data_wait_share"] <= 1 and line["images_per_s"] > 0 for line in lines)
-    assert MetricsFile(run.quarantine()).read() == [
-        {"step": step, "shard": "a.tar", "sample": step, "reason": "truncated"} for step in (1, 4)
-    ]
     assert list(run.tensorboard.iterdir())
 
 
@@ -95,9 +92,19 @@ def test_figures_are_looked_at_on_log_steps_only(run):
     """A tensor on the meta device has no value: reading one raises, as waiting for a GPU would cost time."""
     watch = watching(run, every=2)
     nothing = {name: torch.empty((), device="meta") for name in figures()}
-    watch.record(1, nothing, 0.1, 0.0, [], torch.empty((), dtype=torch.int64, device="meta"))
+    counts = {name: torch.empty((), dtype=torch.int64, device="meta") for name in ("bad_samples", "skipped_steps")}
+    watch.record(1, nothing, 0.1, 0.0, **counts)
     with pytest.raises(NotImplementedError):
-        watch.record(2, nothing, 0.1, 0.0, [], torch.empty((), dtype=torch.int64, device="meta"))
+        watch.record(2, nothing, 0.1, 0.0, **counts)
+
+
+def test_the_quarantine_lists_each_sample_and_forgets_steps_that_are_taken_again(run):
+    quarantine = Quarantine(run, 0)
+    for step in (1, 4):
+        quarantine.record(step, [bad(step), bad(step + 10)])
+    wanted = [{"step": 1, "shard": "a.tar", "sample": sample, "reason": "truncated"} for sample in (1, 11)]
+    Quarantine(run, 2)
+    assert MetricsFile(run.quarantine()).read() == wanted
 
 
 def test_step_that_is_not_finite_is_valid_json(run):
@@ -158,20 +165,19 @@ def test_evaluation_does_not_count_as_slow_training(run, monkeypatch):
 def test_going_on_continues_lines_and_counters(run):
     watch = watching(run, every=1)
     for step in range(1, 5):
-        record(watch, step, bad=[bad(step)], evaluation_follows=True)
+        record(watch, step, bad=step, evaluation_follows=True)
         watch.record_evaluation(step, {"knn_top1": step / 10})
     watch.close()
-    again = watching(run, start_step=2, every=1, bad_samples=2)  # steps 3 and 4 were not in the checkpoint
+    again = watching(run, start_step=2, every=1)  # steps 3 and 4 were not in the checkpoint
     assert again.last_evaluation == {"knn_top1": 0.2}
     assert again.last_loss == 3.0
     assert again.seconds >= MetricsFile(run.metrics).read()[-1]["seconds"]
-    record(again, 3, bad=[bad(3)])
+    record(again, 3, bad=3)
     again.close()
     lines = MetricsFile(run.metrics).read()
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["bad_samples"] for line in lines] == [1, 2, 3]
     assert [line["step"] for line in MetricsFile(run.evaluations).read()] == [1, 2]
-    assert [line["sample"] for line in MetricsFile(run.quarantine()).read()] == [1, 2, 3]
 
 
 def test_without_tensorboard_one_line_says_how_to_get_it(run, monkeypatch, capsys):

@@ -64,8 +64,8 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     parts = tmp_path / "parts"
     step = loop.train_step
 
-    def interrupted(state, crops, settings):  # type: ignore[no-untyped-def]
-        outcome = step(state, crops, settings)
+    def interrupted(state, crops, settings, **told):  # type: ignore[no-untyped-def]
+        outcome = step(state, crops, settings, **told)
         if state.step == stopped_after:
             os.kill(os.getpid(), signal.SIGTERM)
         return outcome

@@ -10,8 +10,7 @@ from tiny_run import make_shards, tiny_config
 from seer import build
 from seer.config import TrainConfig
 from seer.derived import resolve
-from seer.parallel.running_statistics import RunningStatistics
-from seer.training.state import TrainState, state_tensors
+from seer.training.state import TrainState, fresh_state, state_tensors
 from seer.training.step import StepSettings, float_crops, set_learning_rate, train_step
 
 
@@ -22,13 +21,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def start(config: TrainConfig) -> tuple[TrainState, StepSettings]:
     device = torch.device("cpu")
-    learner = build.learner(config, device=device)
-    state = TrainState(
-        learner=learner,
-        statistics=RunningStatistics(learner),
-        optimizer=build.optimizer(config, learner, 1e-3),
-        skipped_steps=torch.zeros((), dtype=torch.int64),
-    )
+    state = fresh_state(config, device=device, strategy="single", learning_rate=1e-3)
     dtype, autocast = build.precision_of(config)
     return state, StepSettings(device, dtype, autocast, True, build.photometric_spec(config.data), True)
 
@@ -57,7 +50,7 @@ def test_one_infinite_pixel_changes_nothing(tmp_path: Path, shards: str, overrid
         assert torch.equal(tensor, after[name]), name
 
     moved = train_step(state, float_crops(next(batches), settings), settings)
-    assert torch.isfinite(moved.loss)
+    assert torch.isfinite(moved.figures["loss"])
     still = [name for name, tensor in before.items() if torch.equal(tensor, state_tensors(state)[name])]
     assert not [name for name in still if name.startswith("model/")], "a finite step moves every weight and statistic"
 
@@ -73,7 +66,7 @@ def test_the_loss_falls_on_one_batch(tmp_path: Path, shards: str) -> None:
     state, settings = start(config)
     crops = float_crops(next(build.stream(config, workers=0).batches(0)), settings)
     set_learning_rate(state.optimizer, 3e-3)
-    losses = [float(train_step(state, crops, settings).loss.detach()) for _ in range(25)]
+    losses = [float(train_step(state, crops, settings).figures["loss"]) for _ in range(25)]
     assert losses[-1] < losses[0] - 0.2
 
 

@@ -1,0 +1,132 @@
+"""`seer launch`: composes and freezes the configuration once, puts it on processes, and says how to follow them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import textwrap
+from pathlib import Path
+
+from seer.cli import train
+from seer.compose import compose, flat
+from seer.config import TrainConfig, freeze
+from seer.errors import UserError, closest
+from seer.launching import cluster, local, submission
+from seer.launching.folder import LaunchFolder, absolute
+from seer.launching.placement import Placement
+from seer.launching.tail import Tail
+from seer.run_directory import check_can_run
+from seer.validation import validate, validate_launch
+
+HELP = """\
+Examples:
+  seer launch experiment=small data.shards='SHARDS_DIR/*.tar' run_dir=RUN
+  seer launch launch=slurm launch.nodes=2 launch.gpus_per_node=8 experiment=small data.shards='S/*.tar' run_dir=RUN
+  seer launch launch=slurm launch.partition=gpu launch.time_limit_minutes=240 --dry-run experiment=small ...
+
+Trains on all GPUs of this machine (launch=local) or as a job of a SLURM cluster (launch=slurm), and returns at once.
+The same command goes on where a stopped run stands. What follows is KEY=VALUE, as for `seer train`.
+
+Options:
+  --wait     stay, show what rank 0 says, end with the run's exit code: 0 finished, 75 stopped and can go on, 2 input
+  --dry-run  print the command or the sbatch script and start nothing
+"""
+
+_OPTIONS = ("--wait", "--dry-run", "--help")
+
+
+def run(argv: list[str]) -> int:
+    """Exit code of `seer launch ARGV`."""
+    if "-h" in argv or "--help" in argv:
+        print(help_text(), end="")
+        return 0
+    options = [word for word in argv if word.startswith("-")]
+    for word in options:
+        if word not in _OPTIONS:
+            raise UserError(f"seer launch {word}", "there is no such option", closest(word, _OPTIONS))
+    config = absolute(compose([word for word in argv if word not in options]))
+    placement = _checked(config)
+    folder = LaunchFolder(Path(config.run_dir))
+    if config.launch.name == "slurm":
+        return _slurm(config, folder, placement, options)
+    return _local(config, folder, placement, options)
+
+
+def _checked(config: TrainConfig) -> Placement:
+    """Everything that can be refused before something is written or queued."""
+    from seer.data.order import ShardOrder  # imports numpy, which the help does without
+    from seer.shard_index import ShardList
+
+    validate_launch(config.launch)
+    placement = cluster.place(config) if config.launch.name == "slurm" else local.place(config)
+    validate(config, world_size=placement.world_size)
+    if config.launch.name == "slurm" and "%" in config.run_dir:
+        raise UserError(f"run_dir={config.run_dir}", "SLURM reads % in a path as a pattern", "choose a name without %")
+    index_dir = Path(config.data.index_dir) if config.data.index_dir else None
+    shards = ShardList.open(config.data.shards, index_dir)
+    ShardOrder(shards.counts, seed=config.seed, global_batch_size=config.train.global_batch_size)
+    for patterns in (config.evaluation.train, config.evaluation.val):
+        if config.evaluation.every_steps:
+            ShardList.open(patterns)
+    init_from = config.train.init_from
+    if init_from is not None and not Path(init_from).is_file():
+        raise UserError(f"train.init_from={init_from}", "there is no such file", "check the path")
+    submission.refuse_queued(LaunchFolder(Path(config.run_dir)))
+    check_can_run(config.run_dir, freeze(config))
+    return placement
+
+
+def _local(config: TrainConfig, folder: LaunchFolder, placement: Placement, options: list[str]) -> int:
+    if "--dry-run" in options:
+        print(local.shell_text(config, folder, placement))
+        return 0
+    with folder.frozen(config):
+        tail = Tail(folder.rank_log(0))
+        pid = local.start(config, folder, placement)
+    _say(
+        f"process {pid} ({placement.words})",
+        folder,
+        log=str(folder.rank_log(0)),
+        stop=f"kill -TERM $(cat {shlex.quote(str(folder.rank_pid(0)))})",
+    )
+    return local.follow(pid, folder, placement, tail) if "--wait" in options else 0
+
+
+def _slurm(config: TrainConfig, folder: LaunchFolder, placement: Placement, options: list[str]) -> int:
+    if "--dry-run" in options:
+        print(submission.text(config.launch, folder, placement), end="")
+        return 0
+    with folder.frozen(config):
+        job = submission.submit(config.launch, folder, placement, train.run_frozen)
+    _say(
+        f"job {job} ({placement.words})",
+        folder,
+        log=str(submission.log(folder, job)),
+        stop=submission.stop_command(job),
+    )
+    return submission.follow(job, folder) if "--wait" in options else 0
+
+
+def _say(started: str, folder: LaunchFolder, *, log: str, stop: str) -> None:
+    print(f"started  {started}")
+    print(f"run_dir  {folder.run_dir}")
+    print(f"follow   tail -F {shlex.quote(log)}")
+    print(f"runs     seer runs {shlex.quote(str(folder.run_dir.parent))}")
+    print(f"stop     {stop}   (saves first; the same seer launch goes on)", flush=True)
+
+
+def help_text() -> str:
+    """Examples, options, and the keys of `launch` with their defaults."""
+    defaults = flat(freeze(TrainConfig()))
+    keys = "".join(
+        textwrap.fill(
+            doc,
+            118,
+            initial_indent=f"  {key}={json.dumps(defaults[key], separators=(',', ':'))}".replace('"', "").ljust(42),
+            subsequent_indent=" " * 42,
+        )
+        + "\n"
+        for key, doc in train.documentation().items()
+        if key.startswith("launch.")
+    )
+    return f"{HELP}\nKeys of launch and their defaults (`seer train --help` lists all others):\n{keys}"

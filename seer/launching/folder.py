@@ -1,0 +1,167 @@
+"""What the launcher leaves in a run: RUN/launch with the frozen configuration, the code it runs with, and the logs.
+
+config.yaml      the composed configuration, absolute paths; ranks read it and compose nothing
+code/            the package as it was at the launch: what is edited later is not used by a job that starts later
+status.json      how the last life ended, written by rank 0
+rank-0.log ...   local: what each process said; rank-0.pid ...: its number; torchrun.log: what torchrun said
+17_0_log.out     slurm: what task 0 of job 17 said; 17_submission.sh: what was submitted
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+import seer
+from seer.compose import conf_folder
+from seer.config import TrainConfig, freeze
+from seer.files import cannot_write, write_atomically
+from seer.run_directory import launch_folder_of
+
+_HEAD = "# Written by seer launch: what the processes of this run read. To change a run, launch it again.\n"
+# What launchers tell their processes: left over in a shell, it would make strangers of ours.
+_STALE = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "SEER_LAUNCHER", "SEER_STATUS_FILE"),
+)
+_STALE_PREFIXES = ("SLURM_", "TORCHELASTIC_", "PET_", "SUBMITIT_")
+_OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+
+
+@dataclass(frozen=True)
+class LaunchFolder:
+    """The names in RUN/launch.
+
+    Attributes:
+        run_dir: the run's folder, absolute.
+    """
+
+    run_dir: Path
+
+    @property
+    def folder(self) -> Path:
+        """RUN/launch."""
+        return launch_folder_of(self.run_dir)
+
+    @property
+    def config(self) -> Path:
+        """The frozen configuration."""
+        return self.folder / "config.yaml"
+
+    @property
+    def code(self) -> Path:
+        """Folder that holds the package `seer` of this launch."""
+        return self.folder / "code"
+
+    @property
+    def status(self) -> Path:
+        """JSON that rank 0 writes at its end: {"exit_code": int, "message": str or null}."""
+        return self.folder / "status.json"
+
+    @property
+    def agent_log(self) -> Path:
+        """What torchrun said."""
+        return self.folder / "torchrun.log"
+
+    def rank_log(self, rank: int) -> Path:
+        """What a process on this machine said."""
+        return self.folder / f"rank-{rank}.log"
+
+    def rank_pid(self, rank: int) -> Path:
+        """The number of a process on this machine."""
+        return self.folder / f"rank-{rank}.pid"
+
+    def exit_code(self) -> int | None:
+        """How the last life ended, None where it did not say."""
+        try:
+            return int(json.loads(self.status.read_bytes())["exit_code"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @contextlib.contextmanager
+    def frozen(self, config: TrainConfig) -> Iterator[None]:
+        """Writes configuration and code for the block that starts the run; if that fails, what was made here goes.
+
+        Args:
+            config: what `absolute` gave.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        missing = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
+        try:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._copy_code()
+                text = yaml.safe_dump(freeze(config), sort_keys=False, allow_unicode=True, width=120)
+                write_atomically(self.config, (_HEAD + text).encode())
+                for old in (self.status, *self.folder.glob("rank-*.pid")):
+                    old.unlink(missing_ok=True)
+            except OSError as error:
+                raise cannot_write(self.folder, error) from None
+            yield
+        except BaseException:
+            if self.folder in missing:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # somebody else's by now
+                for place in missing:
+                    if place != self.folder:
+                        place.rmdir()
+            raise
+
+    def _copy_code(self) -> None:
+        draft = self.folder / f".code.{os.getpid()}.part"
+        # Where `seer.compose.conf_folder` looks first.
+        shutil.copytree(Path(seer.__file__).parent, draft / "seer", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(conf_folder(), draft / "seer" / "conf", dirs_exist_ok=True)
+        if self.code.exists():
+            shutil.rmtree(self.code)
+        draft.rename(self.code)
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """The same configuration with paths and patterns that mean the same from any folder."""
+
+    def path(text: str) -> str:
+        # Not os.path.abspath, which would tidy up patterns; a ~ that is no file's name is the home folder.
+        home = text if "://" in text or os.path.exists(text) else os.path.expanduser(text)
+        return home if "://" in home else os.path.join(os.getcwd(), home)
+
+    data, evaluation, train = config.data, config.evaluation, config.train
+    return dataclasses.replace(
+        config,
+        run_dir=os.path.abspath(config.run_dir) if config.run_dir else "",
+        data=dataclasses.replace(
+            data,
+            shards=[path(pattern) if pattern else "" for pattern in data.shards],
+            index_dir=path(data.index_dir) if data.index_dir else data.index_dir,
+        ),
+        evaluation=dataclasses.replace(
+            evaluation,
+            train=[path(pattern) if pattern else "" for pattern in evaluation.train],
+            val=[path(pattern) if pattern else "" for pattern in evaluation.val],
+        ),
+        train=dataclasses.replace(train, init_from=path(train.init_from) if train.init_from else train.init_from),
+    )
+
+
+def without_rank_variables(environ: dict[str, str]) -> dict[str, str]:
+    """An environment without what another launcher, or the job that this shell belongs to, told its processes."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in _OF_THE_SITE or (name not in _STALE and not name.startswith(_STALE_PREFIXES))
+    }
+
+
+def network_variables(interface: str | None) -> dict[str, str]:
+    """What makes gloo and NCCL use this network interface."""
+    return {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}

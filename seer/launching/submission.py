@@ -1,0 +1,195 @@
+"""A run as a SLURM job: submitted through submitit, followed by squeue.
+
+One task of srun is one rank; no agent stands between SLURM and the ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seer.config import LaunchConfig
+from seer.errors import UserError
+from seer.launching.folder import LaunchFolder, network_variables, without_rank_variables
+from seer.launching.placement import Placement
+from seer.launching.tail import Tail
+
+if TYPE_CHECKING:
+    from submitit import SlurmExecutor
+
+_POLL_SECONDS = 2.0
+# A finished job stays visible for minutes; a requeued one is PENDING again under the same number.
+_FINAL = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "TIMEOUT"),
+)
+
+
+def text(launch: LaunchConfig, folder: LaunchFolder, placement: Placement) -> str:
+    """What `submit` hands to sbatch, letter for letter."""
+    executor = _executor(launch, folder, placement)
+    # submitit shows the text only after it has submitted it. These two methods are what its executors for other
+    # schedulers override, and what `submit` itself writes to the file; they are called in this one place.
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def submit(
+    launch: LaunchConfig, folder: LaunchFolder, placement: Placement, run_frozen: Callable[[str], object]
+) -> str:
+    """Puts the run into the queue; returns the number of the job.
+
+    Args:
+        run_frozen: a function of a module (the job imports it from the frozen code), called with the path of the frozen
+            configuration.
+
+    Raises:
+        UserError: sbatch refused the job.
+    """
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    executor = _executor(launch, folder, placement)
+    with _environment_of_sbatch(executor.parameters):
+        try:
+            return executor.submit(run_frozen, str(folder.config)).job_id
+        except (FailedJobError, FailedSubmissionError) as error:
+            said = [line.removeprefix("sbatch: ") for line in str(error).splitlines() if line.startswith("sbatch: ")]
+            raise UserError(
+                f"sbatch refused the job ({' '.join(said) or ' '.join(str(error).split())})",
+                "SLURM checks account, quality of service and resources when a job is submitted",
+                "change the launch keys that it names (`seer launch --help`)",
+            ) from None
+
+
+def refuse_queued(folder: LaunchFolder) -> None:
+    """Refuses a run that has a job in the queue already: that one would start with our files, or beside us.
+
+    Raises:
+        UserError: with the number of the job.
+    """
+    submitted = {file.name.partition("_")[0] for file in folder.folder.glob("*_submission.sh")}
+    if not submitted or shutil.which("squeue") is None:
+        return
+    done = subprocess.run(["squeue", "-h", "--me", "-o", "%i %T"], capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        job, _, state = line.partition(" ")
+        if job in submitted and state.strip() not in _FINAL:
+            raise UserError(
+                f"{folder.run_dir} is in use by job {job} ({state.strip()})",
+                "one job at a time writes into a run",
+                f"wait for it, or end it with: scancel {job}",
+            )
+
+
+def follow(job: str, folder: LaunchFolder) -> int:
+    """Shows the log of rank 0 until the job is over, requeued lives included; returns the exit code.
+
+    Ctrl-C leaves the job alone.
+    """
+    tail = Tail(log(folder, job))
+    try:
+        while _in_queue(job):
+            tail.copy()
+            time.sleep(_POLL_SECONDS)
+    except KeyboardInterrupt:
+        print(f"seer: job {job} goes on; save and end it with: {stop_command(job)}", file=sys.stderr)
+        return 130
+    tail.copy()
+    code = folder.exit_code()
+    if code is None:
+        print(f"seer: job {job} ended without saying how: see {folder.folder}/{job}_*_log.out", file=sys.stderr)
+    return 1 if code is None else code
+
+
+def log(folder: LaunchFolder, job: str) -> Path:
+    """What rank 0 of a job says, all of its lives."""
+    return folder.folder / f"{job}_0_log.out"
+
+
+def stop_command(job: str) -> str:
+    """The command that lets a job save and end: to the ranks only, since srun answers SIGTERM by killing them."""
+    return f"scancel --signal=TERM {job}"
+
+
+def _in_queue(job: str) -> bool:
+    done = subprocess.run(["squeue", "-h", "-o", "%T", "-j", job], capture_output=True, text=True, check=False)
+    if done.returncode:  # a controller that does not answer at the moment is no end of the job
+        return "Invalid job id" not in done.stderr
+    state = done.stdout.strip()
+    return bool(state) and state not in _FINAL
+
+
+def _executor(launch: LaunchConfig, folder: LaunchFolder, placement: Placement) -> SlurmExecutor:
+    from submitit import SlurmExecutor
+
+    additional: dict[str, Any] = {"requeue": True}
+    for option in launch.extra_sbatch:
+        key, equals, value = option.partition("=")
+        additional[key] = value if equals else True
+    srun = ["--kill-on-bad-exit=1", "--open-mode=append", "--export=ALL"]
+    if launch.cpus_per_gpu is not None:
+        srun.append(f"--cpus-per-task={launch.cpus_per_gpu}")  # srun does not take it over from sbatch
+    optional = {
+        "gpus_per_node": placement.per_node if placement.gpus else None,
+        "cpus_per_task": launch.cpus_per_gpu,
+        "mem": None if launch.memory_per_node_gb is None else f"{launch.memory_per_node_gb}GB",
+        "partition": launch.partition,
+        "account": launch.account,
+        "qos": launch.qos,
+        "constraint": launch.constraint,
+        "exclude": launch.exclude,
+    }
+    executor = SlurmExecutor(folder.folder)
+    executor.update_parameters(
+        job_name=launch.job_name,
+        nodes=placement.nodes,
+        ntasks_per_node=placement.per_node,
+        time=launch.time_limit_minutes,
+        signal_delay_s=launch.stop_before_end_seconds,
+        wckey=None,  # submitit would write its own, which some sites refuse
+        stderr_to_stdout=True,
+        setup=_setup(launch, folder),
+        srun_args=srun,
+        additional_parameters=additional,
+        **{name: value for name, value in optional.items() if value is not None},
+    )
+    return executor
+
+
+def _setup(launch: LaunchConfig, folder: LaunchFolder) -> list[str]:
+    """Shell lines before srun, in every life of the job. Ours come last: a module may change PYTHONPATH."""
+    variables = {
+        "SEER_LAUNCHER": "slurm",
+        "SEER_STATUS_FILE": str(folder.status),
+        "PYTHONSAFEPATH": "1",  # else `-m` takes the package in the folder where the job was submitted
+    } | network_variables(launch.network_interface)
+    return [
+        *launch.setup,
+        *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        f'export PYTHONPATH={shlex.quote(str(folder.code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        f"rm -f {shlex.quote(str(folder.status))}",
+    ]
+
+
+@contextlib.contextmanager
+def _environment_of_sbatch(parameters: dict[str, Any]) -> Iterator[None]:
+    """The job inherits the environment of sbatch, and SBATCH_* there beat what the script says: both are cleaned."""
+    before = dict(os.environ)
+    names = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE"}
+    ours = {f"SBATCH_{names.get(key, key.upper())}" for key in parameters}
+    ours |= {"SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE", "SBATCH_SIGNAL", "SBATCH_EXPORT", "SBATCH_OUTPUT", "SBATCH_ERROR"}
+    clean = {name: value for name, value in without_rank_variables(before).items() if name not in ours}
+    os.environ.clear()
+    os.environ.update(clean)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
