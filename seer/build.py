@@ -199,10 +199,7 @@ def learner(config: TrainConfig, *, device: torch.device, strategy: str = "singl
     initialise(built.backbone, seed=config.seed)
     built.objective.initialise(config.seed)
     if channels_last(device) and strategy != "fsdp":  # parts of weights have no memory format
-        for module in built.backbone.modules():
-            # A 1x1 kernel has the same memory either way, but odd strides that ddp would have to copy for.
-            if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        built.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return built
 
 

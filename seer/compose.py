@@ -23,7 +23,8 @@ from typing import Any
 from seer.config import MISSING, TrainConfig, freeze
 from seer.errors import UserError, closest
 
-VERBS = ("train", "launch", "shards", "evaluate", "export", "runs", "doctor")  # only to recognise one that stands in a wrong place
+# Only to recognise one that stands in a wrong place.
+VERBS = ("train", "launch", "shards", "evaluate", "export", "runs", "doctor")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 

@@ -16,14 +16,14 @@ class Resolved(NamedTuple):
 
 
 def resolve(
-    config: TrainConfig, *, world_size: int = 1, cpu_count: int | None = None, device: str = "cpu"
+    config: TrainConfig, *, processes: int = 1, cores: int | None = None, device: str = "cpu"
 ) -> dict[str, Resolved]:
     """What the run derives from the configuration, by dotted key; the configuration itself is not changed.
 
     Args:
         config: a configuration that `validate` accepted.
-        world_size: processes of the run; they share this machine's cores.
-        cpu_count: cores; default: those that this process may use.
+        processes: of the run on this machine.
+        cores: of this process alone; default: its share of those that the processes of this machine may use.
         device: where the network runs, `cpu` or `cuda`.
 
     Returns:
@@ -33,8 +33,7 @@ def resolve(
     batch, optimizer, queue = config.train.global_batch_size, config.optimizer, config.objective.queue_images
     # A container or a scheduler may grant fewer cores than the machine has; macOS cannot say.
     granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    all_cores = cpu_count or granted or 1
-    cores = max(1, all_cores // world_size)
+    cores = cores or max(1, (granted or 1) // processes)
     if device == "cpu":
         # torch's threads wait for each other at every operation: one that shares its core with a worker slows all of
         # them down (seen: 12 times, with 2 threads and 1 worker on 2 cores). So workers and threads share cores out.

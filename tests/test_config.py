@@ -191,15 +191,15 @@ def test_schedule_styles_are_those_of_the_part() -> None:
 
 def test_learning_rate_follows_the_batch() -> None:
     """SEER's linear rule: 0.3 for 256 images; 9.6 for 8192 (facebookresearch/vissl, MODEL_DOCUMENTATION.md)."""
-    found = resolve(valid(train__global_batch_size=8192), cpu_count=8)["optimizer.learning_rate"]
+    found = resolve(valid(train__global_batch_size=8192), cores=8)["optimizer.learning_rate"]
     assert found.value == pytest.approx(9.6, rel=1e-12)
     assert "8192" in found.reason
-    given = resolve(valid(train__global_batch_size=8192, optimizer__learning_rate=0.1), cpu_count=8)
+    given = resolve(valid(train__global_batch_size=8192, optimizer__learning_rate=0.1), cores=8)
     assert given["optimizer.learning_rate"] == (0.1, "given")
 
 
 @pytest.mark.parametrize(
-    ("cpu_count", "world_size", "device", "workers", "threads"),
+    ("granted", "processes", "device", "workers", "threads"),
     [
         (1, 1, "cpu", 0, 1),
         (2, 1, "cpu", 0, 2),
@@ -210,18 +210,24 @@ def test_learning_rate_follows_the_batch() -> None:
         (96, 8, "cuda", 11, 1),
     ],
 )
-def test_workers_and_threads(cpu_count: int, world_size: int, device: str, workers: int, threads: int) -> None:
-    found = resolve(valid(), cpu_count=cpu_count, world_size=world_size, device=device)
-    assert (found["data.workers"].value, found["train.threads"].value) == (workers, threads)
-    given = resolve(valid(data__workers=0, train__threads=3), cpu_count=cpu_count, device=device)
+def test_workers_and_threads(
+    granted: int, processes: int, device: str, workers: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(granted)))
+    for found in (
+        resolve(valid(), processes=processes, device=device),
+        resolve(valid(), processes=7, cores=max(1, granted // processes), device=device),
+    ):
+        assert (found["data.workers"].value, found["train.threads"].value) == (workers, threads)
+    given = resolve(valid(data__workers=0, train__threads=3), device=device)
     assert (given["data.workers"].value, given["train.threads"].value) == (0, 3)
 
 
 def test_queue_holds_whole_batches() -> None:
-    rounded = resolve(valid(objective__queue_images=1000), cpu_count=1)["objective.queue_images"]
+    rounded = resolve(valid(objective__queue_images=1000), cores=1)["objective.queue_images"]
     assert rounded == (768, "1000 rounded down to whole batches")
     for whole in (0, 1024):
-        assert "objective.queue_images" not in resolve(valid(objective__queue_images=whole), cpu_count=1)
+        assert "objective.queue_images" not in resolve(valid(objective__queue_images=whole), cores=1)
 
 
 def test_epsilon_is_refused_where_sinkhorn_refuses_it() -> None:

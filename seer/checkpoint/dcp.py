@@ -54,7 +54,8 @@ _METADATA_NAMES = {
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Write tensors into an empty folder; all ranks together, under ``together``. The files that this rank wrote.
+    """Write tensors into an empty folder; all ranks together, under ``together``. The files that this rank wrote: none
+    where another rank could not.
 
     A DTensor's part is written by the rank that holds it, and what several ranks hold by one of them: plain tensors,
     which must be equal on all ranks, and copies of shards. Nothing is flushed to the disk.
@@ -72,6 +73,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
             )
     except CheckpointException as error:
         _raise_own(error, rank())
+        return []
     own = [name for name in os.listdir(folder) if name.startswith(f"__{rank()}_")]
     return sorted(own) + ([METADATA] if rank() == 0 else [])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,8 @@ Examples:
   seer runs RUN
   seer runs runs --json
 
-Lists the runs in a folder and up to two levels below it, the last active one first. It only reads their files, so it works
-from any machine that sees them.
+Lists the runs in a folder and up to two levels below it, the last active one first. It only reads their files, so it
+works from any machine that sees them.
 
   running   a process holds the run; of one on another machine only the lock is seen: look at the age of the last line
   finished  it took its last step
@@ -32,7 +33,14 @@ from any machine that sees them.
   queued    seer launch has handed it over, and it has not begun
 """
 
-_STYLES = {"running": "green", "finished": "bold", "stopped": "yellow", "failed": "red", "lost": "red", "queued": "cyan"}
+_STYLES = {
+    "running": "green",
+    "finished": "bold",
+    "stopped": "yellow",
+    "failed": "red",
+    "lost": "red",
+    "queued": "cyan",
+}
 
 
 def run(argv: list[str]) -> int:
@@ -49,9 +57,8 @@ def run(argv: list[str]) -> int:
     elif found:
         from rich.console import Console
 
-        console = Console()
-        # Elsewhere than on a terminal nothing is cut: a line is as long as it needs to be.
-        console.print(table(found, given.dir), width=None if console.is_terminal else 200)
+        # Where nobody looks at a terminal, in a file or a pipe, a run is one line however long its name is.
+        Console(width=None if sys.stdout.isatty() else 1000).print(table(found, given.dir))
     else:
         print(f"no runs in {given.dir}, nor two levels below it")
     return 0

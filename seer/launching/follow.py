@@ -28,9 +28,9 @@ class RunView:
 
     Attributes:
         folder: the run's folder.
-        state: `running` (a process holds the lock; one on another machine is believed), `finished`, `stopped` (the same
-            command goes on), `failed` (launched, and ended with an error), `lost` (ended without saying how) or `queued`
-            (launched, nothing written yet).
+        state: `running` (a process holds the lock; one on another machine is believed), `finished`, `stopped` (the
+            same command goes on), `failed` (launched, and ended with an error), `lost` (ended without saying how) or
+            `queued` (launched, nothing written yet).
         host: where the process runs that holds the lock.
         step, total_steps: steps taken, as of the last line of the metrics, and of the whole run.
         images_per_s: of the last log interval, over all processes.

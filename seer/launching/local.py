@@ -21,7 +21,8 @@ from seer.launching.tail import Tail
 
 # torchrun names its own log folders by chance and parts output from errors: each rank opens one file by itself instead.
 # `exec` keeps the process number, which is the one to signal: torchrun itself answers a signal with SIGKILL for all.
-_RANK = 'echo $$ >"$2/rank-$LOCAL_RANK.pid"; exec "$0" -m seer train --frozen "$1" >>"$2/rank-$LOCAL_RANK.log" 2>&1'
+# ($$$$ is the shell's $$: torchrun takes arguments for templates.)
+_RANK = 'echo $$$$ >"$2/rank-$LOCAL_RANK.pid"; exec "$0" -m seer train --frozen "$1" >>"$2/rank-$LOCAL_RANK.log" 2>&1'
 
 
 def gpu_count() -> int:

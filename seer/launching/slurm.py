@@ -19,6 +19,12 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID") if os.environ.get("SEER_LAUNCHER") == "slurm" else None
 
 
+def cores_of_task() -> int | None:
+    """Cores that SLURM gave to this process alone, None outside of a job or where nobody asked for a number."""
+    text = os.environ.get("SLURM_CPUS_PER_TASK", "") if job_id() else ""
+    return int(text) if text.isdecimal() else None
+
+
 def restart_count() -> int:
     """How many lives this job had before this one."""
     text = os.environ.get("SLURM_RESTART_COUNT", "0") if job_id() else "0"

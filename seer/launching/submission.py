@@ -95,7 +95,9 @@ def follow(job: str, folder: LaunchFolder) -> int:
     """
     tail = Tail(log(folder, job))
     try:
-        while _in_queue(job):
+        polls_after_the_end = 0
+        while polls_after_the_end < 2:  # between two lives a job may show for a moment how the first ended
+            polls_after_the_end = 0 if _in_queue(job) else polls_after_the_end + 1
             tail.copy()
             time.sleep(_POLL_SECONDS)
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ are: checkpoints, exports and evaluation see plain names under every strategy.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -26,6 +27,8 @@ def ddp(learner: nn.Module, device: torch.device) -> nn.Module:
     Returns:
         What the step calls in place of the learner.
     """
+    # Of a 1x1 kernel that is channels-last the strides are ambiguous, and torch complains that it has to copy them.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return distributed.ddp_without_buffers(
         learner, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )

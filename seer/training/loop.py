@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,9 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
     first = distributed.rank() == 0
     with distributed.together():
         strategy = build.strategy(config, device=device)
-        resolved = resolve(config, device=device.type) | {"parallel.strategy": strategy}
+        processes = environment.local_world_size if (environment := rank_environment()) else 1
+        resolved = resolve(config, processes=processes, cores=slurm.cores_of_task(), device=device.type)
+        resolved["parallel.strategy"] = strategy
         torch.set_num_threads(resolved["train.threads"].value)
         stream = build.stream(config, workers=resolved["data.workers"].value)
         evaluation = _evaluation(config)
@@ -151,7 +154,7 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
             if lost := lost_worker(error):
                 raise lost from None
             if distributed.lost_rank(error):
-                what = f"another process of the run is gone ({_first_line(error)})"
+                what = f"another process of the run is gone ({_first_words(error)})"
                 raise distributed.LostRank(f"{what}: the same command goes on from the last checkpoint") from error
             raise
         finally:
@@ -307,5 +310,6 @@ def _export(config: TrainConfig, run: RunDirectory, tensors: dict[str, Tensor], 
     return str(weights.resolve())
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _first_words(error: BaseException) -> str:
+    """What gloo and NCCL say, without the line of their code before it and the advice after it."""
+    return re.sub(r"^\[[^\]]*:\d+\] ", "", str(error)).partition(". ")[0].partition("\n")[0] or type(error).__name__

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision_shim import make_torchvision_importable
 
-from seer.backbones.regnet import FAMILY, RegNetY, regnet_shape, regnety
+from seer.backbones.regnet import FAMILY, BatchNorm, RegNetY, regnet_shape, regnety
 from seer.errors import UserError
 
 make_torchvision_importable()
@@ -174,6 +174,16 @@ def test_a_block_is_called_once_for_all_resolutions() -> None:
         unit.register_forward_hook(lambda module, inputs, outputs, name=name: calls.append(name))
     network(TestRegNetYAsABackbone().crops())
     assert calls == ["stem", "s1.b1", "s2.b1", "s3.b1", "s3.b2", "s4.b1"]
+
+
+def test_a_batchnorm_is_called_once_for_all_resolutions() -> None:
+    network = regnety("tiny").train()
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, BatchNorm)}
+    calls: list[tuple[str, int]] = []
+    for name, norm in norms.items():
+        norm.register_forward_hook(lambda module, inputs, outputs, name=name: calls.append((name, len(outputs))))
+    network(TestRegNetYAsABackbone().crops())
+    assert sorted(calls) == sorted((name, 2) for name in norms) and len(norms) == 20
 
 
 def test_architecture_rebuilds_the_network() -> None:

@@ -136,6 +136,14 @@ def cannot_be_listed() -> contextlib.AbstractContextManager[object]:
     return mock.patch.object(dcp_module.os, "listdir", side_effect=OSError(5, "Input/output error"))
 
 
+TROUBLES = {
+    "small_disk": "step-00000002 cannot be written (File too large",
+    "cannot_flush": "step-00000002 cannot be written (No space left on device",
+    "cannot_be_listed": "step-00000002 cannot be written (Input/output error",
+    "taken_over": "the run was taken over",
+}
+
+
 def save_with_trouble(folder: Path, trouble: str, where: int) -> tuple[str, str]:
     store = CheckpointStore(folder, may_publish=taken_over if trouble == "taken_over" else lambda: None)
     with contextlib.ExitStack() as stack:
@@ -153,14 +161,13 @@ def taken_over() -> None:
 
 
 @pytest.mark.parametrize("where", [0, 1])
-@pytest.mark.parametrize("trouble", ["small_disk", "cannot_flush", "cannot_be_listed", "taken_over"])
+@pytest.mark.parametrize("trouble", TROUBLES)
 def test_what_one_rank_cannot_write_all_ranks_leave(tmp_path, trouble, where):
     ranks(2).run(save, tmp_path, "sharded")
     before = sorted(os.listdir(tmp_path))
     told = ranks(2).run(save_with_trouble, tmp_path, trouble, where, timeout=20.0)
     assert [kind for kind, _ in told] == ["UserError", "ToldElsewhere"]  # so that it is printed once
-    words = "taken over" if trouble == "taken_over" else "step-00000002 cannot be written"
-    assert all(words in said for _, said in told)
+    assert all(TROUBLES[trouble] in said for _, said in told)
     assert sorted(os.listdir(tmp_path)) == before
     assert ranks(2).run(load, tmp_path, "sharded") == [True, True]
 

@@ -82,7 +82,7 @@ def test_print_config_imports_no_torch() -> None:
 def test_every_verb_has_a_help_that_begins_with_commands(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     first, second = capsys.readouterr().out.splitlines()[:2]
-    assert first == "Examples:" and second.startswith(f"  seer {verb} ")
+    assert first == "Examples:" and f"{second} ".startswith(f"  seer {verb} ")
 
 
 def test_evaluate_and_export_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from slurm_stubs import NO_GPUS, Programs
+from slurm_stubs import NO_GPUS, Programs, configured
 
-from seer.compose import compose
 from seer.errors import UserError
 from seer.launching import cluster
 from seer.launching.placement import Placement
@@ -22,7 +21,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
 
 
 def place(*words: str) -> Placement:
-    return cluster.place(compose(["run_dir=r", "data.shards=s.tar", "launch=slurm", *words]))
+    return cluster.place(configured("launch.name=slurm", *words))
 
 
 def test_partitions(programs: Programs) -> None:

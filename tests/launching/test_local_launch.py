@@ -9,10 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_stubs import Programs
+from slurm_stubs import Programs, configured
 
-from seer.compose import compose
-from seer.config import TrainConfig
 from seer.errors import UserError
 from seer.launching import local
 from seer.launching.folder import LaunchFolder
@@ -41,10 +39,6 @@ end(0)
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     return Programs(tmp_path / "bin", monkeypatch)
-
-
-def config(*words: str) -> TrainConfig:
-    return compose(["run_dir=r", "data.shards=s.tar", *words])
 
 
 def gpus(programs: Programs, count: int) -> None:
@@ -98,7 +92,7 @@ def test_processes(
 ) -> None:
     gpus(programs, there)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
-    assert local.place(config(*words)) == placement
+    assert local.place(configured(*words)) == placement
 
 
 @pytest.mark.parametrize(
@@ -120,7 +114,7 @@ def test_what_this_machine_cannot_do(
     gpus(programs, there)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
     with pytest.raises(UserError, match=message):
-        local.place(config(*words))
+        local.place(configured(*words))
 
 
 def test_one_process_is_the_plain_command(tmp_path: Path) -> None:
@@ -132,7 +126,7 @@ def test_one_process_is_the_plain_command(tmp_path: Path) -> None:
 def test_variables_keep_what_the_user_set(programs: Programs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", "/mine")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    found = local.variables(config("launch.network_interface=eth1"), LaunchFolder(tmp_path))
+    found = local.variables(configured("launch.network_interface=eth1"), LaunchFolder(tmp_path))
     assert found["PYTHONPATH"] == f"{tmp_path}/launch/code:/mine" and found["OMP_NUM_THREADS"] == "3"
     assert found["GLOO_SOCKET_IFNAME"] == found["NCCL_SOCKET_IFNAME"] == "eth1"
     assert found["SEER_STATUS_FILE"] == f"{tmp_path}/launch/status.json"
@@ -147,7 +141,7 @@ def test_one_process_is_followed_to_its_exit_code(
     folder.rank_log(0).write_text("an older life\n")
     one = Placement(1, 1, gpus=False)
     tail = Tail(folder.rank_log(0))
-    assert local.follow(local.start(config(), folder, one), folder, one, tail) == 0
+    assert local.follow(local.start(configured(), folder, one), folder, one, tail) == 0
     assert capsys.readouterr().out == f"rank 0 of None at None train --frozen {folder.config}\nFalse 1\n"
     assert folder.rank_log(0).read_text().startswith("an older life\nrank 0")
 
@@ -158,7 +152,7 @@ def test_a_run_that_dies_without_a_word_is_exit_code_1(
     folder = stand_in(tmp_path, "")
     (folder.code / "seer" / "__main__.py").write_text("import os; os.kill(os.getpid(), 9)")
     one = Placement(1, 1, gpus=False)
-    assert local.follow(local.start(config(), folder, one), folder, one, Tail(folder.rank_log(0))) == 1
+    assert local.follow(local.start(configured(), folder, one), folder, one, Tail(folder.rank_log(0))) == 1
     assert str(folder.rank_log(0)) in capsys.readouterr().err
 
 
@@ -178,7 +172,7 @@ def test_ranks_under_torchrun_are_stopped_by_ctrl_c_and_leave_their_exit_code(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(time, "sleep", interrupt_when_ready)
-    pid = local.start(config(), folder, two)
+    pid = local.start(configured(), folder, two)
     assert os.getsid(pid) == pid, "a closed terminal would end the run"
     assert local.follow(pid, folder, two, tail) == 75
     out, error = capsys.readouterr()

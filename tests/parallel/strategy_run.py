@@ -76,7 +76,8 @@ def losses_and_weights(
     """
     state, settings, batches = started(folder, shards, strategy, *overrides)
     first = {name: whole(tensor) for name, tensor in state_tensors(state).items()}
-    losses, counter = [], Collectives()
+    losses: list[float] = []
+    collectives: Counter[str] = Counter()
     for step in range(steps):
         set_learning_rate(state.optimizer, 0.3)
         crops = float_crops(next(batches), settings)
@@ -84,6 +85,7 @@ def losses_and_weights(
             crops[1][0, 1, 3, 3] = float("inf")
         with Collectives() as counter:
             outcome = train_step(state, crops, settings, bad_samples=distributed.rank())
+        collectives = counter.counts
         losses.append(float(outcome.figures["loss"]))
     tensors = state_tensors(state)
     replicas = [tensor for tensor in tensors.values() if not isinstance(tensor, DTensor)]
@@ -96,7 +98,7 @@ def losses_and_weights(
         "first": first,
         "last": {name: whole(tensor) for name, tensor in tensors.items()},
         "replicas_equal": equal,
-        "collectives": dict(counter.counts),
+        "collectives": dict(collectives),
         "units": len(state.learner.units()),
         "norms": sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in state.learner.modules()),
         "sharded": sum(isinstance(tensor, DTensor) for tensor in tensors.values()),

@@ -1,4 +1,4 @@
-"""A SLURM cluster of two nodes as tests use it: `two-nodes.sh` behind methods, and waiting by looking, never by sleeping."""
+"""A SLURM cluster of two nodes as tests use it: `two-nodes.sh` behind methods, and waiting by looking."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment in which sbatch, srun and `seer launch` reach this cluster: a login node's, without a job's."""
+        """Of a login node: sbatch, srun and `seer launch` reach this cluster in it, and nothing is left of a job's."""
         clean = {
             name: value
             for name, value in os.environ.items()

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# A SLURM cluster of two nodes on this machine, for tests: the real daemons, and nodes that can lose power or their cable.
+# A SLURM cluster of two nodes on this machine, for tests: real daemons, and nodes that can lose power or their cable.
 #   tests/slurm/two-nodes.sh [--root DIR] [--cpus C] [--gpus G] COMMAND
 #     install            apt-get install slurm-wlm munge iproute2 where they are missing
 #     start              bring up what is down (safe to repeat) and wait until both nodes take jobs
 #     env                lines for the shell:  eval "$(tests/slurm/two-nodes.sh env)"; then sbatch, srun, squeue work
 #     status             daemons, nodes, jobs
 #     exec N COMMAND     run something inside node N
-#     node-down N [HOW]  power (default): all its processes die at once; net: only the link is cut; slurmd: only that dies
+#     node-down N [HOW]  power (default): all its processes die; net: only the link is cut; slurmd: only that dies
 #     node-up N          mend it, whatever was done to it
-#     stop               end everything and leave nothing but DIR/log
+#     stop               end everything; DIR/log stays
 #     clean              stop, and remove DIR
-# Defaults: --root ./.slurm --cpus 2 --gpus 0. Cores and GPUs are claimed, not there: more cores than the machine has will
-# do, and a GPU is only a number in CUDA_VISIBLE_DEVICES. Root and Linux only; systemd is not needed.
+# Defaults: --root ./.slurm --cpus 2 --gpus 0. Cores and GPUs are claimed, not there: more cores than the machine has
+# will do, and a GPU is only a number in CUDA_VISIBLE_DEVICES. Root and Linux only; systemd is not needed.
 
-# A node is a set of namespaces (network, mounts, host name, processes) with a slurmd; a bridge leads to slurmctld outside.
-# Files, /tmp too, are shared. All that is written lies below DIR, and only what DIR/run names is ever killed.
+# A node is a set of namespaces (network, mounts, host name, processes) with a slurmd; a bridge leads to slurmctld
+# outside. Files, /tmp too, are shared. All that is written lies below DIR, and only what DIR/run names is ever killed.
 set -euo pipefail
 
 fail() { echo "two-nodes: $*" >&2; exit 1; }
@@ -74,7 +74,8 @@ install() {
       export DEBIAN_FRONTEND=noninteractive
       apt-get -qq -o DPkg::Lock::Timeout=300 update
       # RUNLEVEL=1: the packages' own services are not started.
-      RUNLEVEL=1 apt-get -qqy -o DPkg::Lock::Timeout=300 install --no-install-recommends slurm-wlm munge iproute2 >/dev/null
+      RUNLEVEL=1 apt-get -qqy -o DPkg::Lock::Timeout=300 install --no-install-recommends \
+        slurm-wlm munge iproute2 >/dev/null
       return
     }
   done
@@ -145,7 +146,8 @@ start_controller() {
     (umask 077 && [ -s "$root/munge/key" ] || head -c 128 /dev/urandom >"$root/munge/key")
     # --force: munged dislikes folders that a group may write, as a checkout's often are; the key must be the owner's.
     munged --force --socket="$root/munge/socket" --key-file="$root/munge/key" --seed-file="$root/munge/seed" \
-      --pid-file="$root/run/munged" --log-file="$root/log/munged" 2>>"$root/log/munged" || fail "munged: see $root/log/munged"
+      --pid-file="$root/run/munged" --log-file="$root/log/munged" 2>>"$root/log/munged" ||
+      fail "munged: see $root/log/munged"
   fi
   ip link show "seer$id" >/dev/null 2>&1 || {
     ip link add "seer$id" type bridge
@@ -241,13 +243,17 @@ stop() {
 }
 
 case $command in
-  start | stop | clean | node-down | node-up | exec) [ "$(id -u)" = 0 ] || fail "namespaces and daemons need root" ;;
+  start | stop | clean | node-down | node-up | exec)
+    [ "$(id -u)" = 0 ] || fail "namespaces and daemons need root"
+    # What is removed later was made here.
+    [[ -f $SLURM_CONF || -z $(ls -A "$root" 2>/dev/null) ]] || fail "$root is not empty, and is no cluster's folder"
+    ;;
 esac
 case $command in
   install) install ;;
   start)
     # Paths of unix sockets end at 107 characters, and SLURM's are the longest below DIR.
-    [[ ${#root} -le 70 && $root != *[[:space:]]* ]] || fail "--root $root: at most 70 characters, none of them white space"
+    [[ ${#root} -le 70 && $root != *[[:space:]]* ]] || fail "--root $root: at most 70 characters, no white space"
     install
     running "$root/run/slurmctld" slurmctld || configure
     start_controller
@@ -259,10 +265,15 @@ case $command in
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
   status)
     for name in munged slurmctld; do running "$root/run/$name" "$name" && echo "$name up" || echo "$name down"; done
-    for n in 1 2; do powered "$n" && echo "n$n on, slurmd $(has_slurmd "$n" && echo up || echo down)" || echo "n$n off"; done
+    for n in 1 2; do
+      powered "$n" && echo "n$n on, slurmd $(has_slurmd "$n" && echo up || echo down)" || echo "n$n off"
+    done
     ! controller_answers || { sinfo -N -o '%N %P %T %E'; squeue -o '%i %j %T %r %N %M'; }
     ;;
-  exec) node "${1:-}"; inside "$n" "${@:2}" ;;
+  exec)
+    node "${1:-}"
+    inside "$n" "${@:2}"
+    ;;
   node-down)
     node "${1:-}"
     case ${2:-power} in
@@ -281,6 +292,9 @@ case $command in
     await "$n"
     ;;
   stop) stop ;;
-  clean) stop; rm -rf "${root:?}" ;;
+  clean)
+    stop
+    rm -rf "${root:?}"
+    ;;
   *) fail "no command $command: see --help" ;;
 esac

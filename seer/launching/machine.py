@@ -1,0 +1,390 @@
+"""What this machine offers to a run, and what to mend: `look` gathers facts, and one function a subject judges them.
+
+Without torch until it is asked which torch there is.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import ipaddress
+import os
+import platform
+import resource
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import seer
+
+GIB = 1 << 30
+_SLURM_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `seer doctor`.
+
+    Attributes:
+        subject: what was looked at.
+        level: `ok`; `warning`: works, but slowly or not everywhere; `problem`: runs would fail.
+        message: what is there.
+        remedy: what to do; None where nothing is to be done.
+    """
+
+    subject: str
+    level: Literal["ok", "warning", "problem"]
+    message: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device: name, memory in bytes, compute capability such as (9, 0)."""
+
+    name: str
+    memory: int
+    capability: tuple[int, int]
+
+
+def look(folder: Path) -> list[Finding]:
+    """Everything that can be found out in a few seconds.
+
+    Args:
+        folder: whose disk is looked at.
+    """
+    torch_version, cuda_build, found, nccl_version = _torch()
+    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    flags = _cpu_flags()
+    return [
+        Finding("machine", "ok", f"{platform.system()} {platform.release()}, {platform.machine()}"),
+        cores(granted, os.cpu_count() or granted, _core_quota()),
+        memory(*_memory()),
+        python(sys.version_info[:2]),
+        Finding("seer", "ok", f"{seer.__version__} in {Path(seer.__file__).parent}"),
+        torch(torch_version),
+        gpus(found, nccl_version, cuda_build=cuda_build, driver=Path("/proc/driver/nvidia/version").exists()),
+        bf16(found, flags),
+        images(*_pillow(), cpu_has_avx2="avx2" in flags, machine=platform.machine()),
+        shared_memory(_disk(Path("/dev/shm"))),
+        open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
+        disk(folder, _disk(folder)),
+        slurm(*_slurm()),
+        network(socket.gethostname(), _addresses(socket.gethostname()), interfaces()),
+        tensorboard(find_spec("tensorboard") is not None),
+        threads(os.environ, granted),
+    ]
+
+
+# ---- one function a subject: from facts to a finding ----
+
+
+def cores(granted: int, there: int, quota: float | None) -> Finding:
+    """Cores that this process may use; a container's quota of time (None: none) binds, but is not counted as cores."""
+    words = f"{granted} of {there}" if granted < there else str(there)
+    if quota is not None and quota < granted:
+        return Finding(
+            "cores",
+            "warning",
+            f"{words}, but this container may use the time of {quota:g} only",
+            f"give it whole cores (docker run --cpuset-cpus), or set train.threads and data.workers for {quota:g}",
+        )
+    return Finding("cores", "ok", words)
+
+
+def memory(total: int, available: int) -> Finding:
+    """Main memory in bytes, within the container's limit."""
+    words = f"{available / GIB:.1f} GiB available of {total / GIB:.1f}"
+    if available < 2 * GIB:
+        return Finding("memory", "warning", words, "end other programs, or ask for more: launch.memory_per_node_gb")
+    return Finding("memory", "ok", words)
+
+
+def python(found: tuple[int, ...]) -> Finding:
+    """Major and minor version."""
+    words = ".".join(map(str, found))
+    if (3, 11) <= found <= (3, 13):
+        return Finding("python", "ok", words)
+    return Finding("python", "problem", f"{words} is not one of 3.11 to 3.13", "make test PYTHON=python3.12 in a clone")
+
+
+def torch(found: str | None) -> Finding:
+    """torch's version, None where it cannot be imported."""
+    remedy = "pip install 'torch>=2.11,<2.14'"
+    if found is None:
+        return Finding("torch", "problem", "it cannot be imported", remedy)
+    number = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdecimal())
+    if (2, 11) <= number <= (2, 13):
+        return Finding("torch", "ok", found)
+    return Finding("torch", "problem", f"{found} is not one of 2.11 to 2.13", remedy)
+
+
+def gpus(found: Sequence[Gpu], nccl: str | None, *, cuda_build: bool, driver: bool) -> Finding:
+    """CUDA devices that torch sees; `driver`: NVIDIA's is loaded, `cuda_build`: torch was built for it."""
+    if found:
+        kinds = {(gpu.name, round(gpu.memory / GIB)) for gpu in found}
+        words = ", ".join(
+            f"{sum((gpu.name, round(gpu.memory / GIB)) == kind for gpu in found)} x {kind[0]} ({kind[1]} GiB)"
+            for kind in sorted(kinds)
+        )
+        if nccl is None and len(found) > 1:
+            return Finding("devices", "warning", f"{words}, without NCCL", "install a torch for Linux with CUDA")
+        return Finding("devices", "ok", f"{words}, NCCL {nccl}")
+    if driver and not cuda_build:
+        what = "there is an NVIDIA driver, but this torch is for CPUs"
+        return Finding("devices", "warning", what, "install a torch with CUDA (pytorch.org)")
+    if driver:
+        what = "there is an NVIDIA driver, but torch sees no GPU"
+        return Finding("devices", "warning", what, "look at nvidia-smi, CUDA_VISIBLE_DEVICES, docker run --gpus all")
+    return Finding("devices", "ok", "no GPU: runs train on the CPU")
+
+
+def bf16(found: Sequence[Gpu], flags: frozenset[str]) -> Finding:
+    """Whether train.precision=bf16, the default, is computed by the hardware; `flags` of the CPU."""
+    if found:
+        old = sorted({gpu.name for gpu in found if gpu.capability < (8, 0)})
+        if old:
+            return Finding("bf16", "warning", f"{', '.join(old)}: not in hardware", "use train.precision=fp32")
+        return Finding("bf16", "ok", "in hardware, on the GPU")
+    ways = sorted(flags & {"avx512_bf16", "amx_bf16"})
+    if ways:
+        return Finding("bf16", "ok", f"in hardware, on the CPU ({', '.join(ways)})")
+    return Finding("bf16", "warning", "this CPU imitates it, slower than fp32", "use train.precision=fp32")
+
+
+def images(
+    pillow: str | None, simd: str | None, missing: Sequence[str], *, cpu_has_avx2: bool, machine: str
+) -> Finding:
+    """The image library: version, pillow-simd's flavour (`avx2`, `sse4`; None: the plain Pillow), formats it lacks."""
+    script = "data_shards/install_pillow_simd.sh"
+    if pillow is None:
+        return Finding("images", "problem", "Pillow cannot be imported", "pip install 'pillow>=11'")
+    words = f"Pillow {pillow}" if simd is None else f"pillow-simd {pillow} ({simd})"
+    if missing:
+        remedy = "pip install --force-reinstall pillow" if simd is None else script
+        return Finding("images", "problem", f"{words} without {', '.join(missing)}", remedy)
+    if simd == "avx2" and not cpu_has_avx2:
+        return Finding("images", "problem", f"{words} on a CPU without AVX2 ends with SIGILL", f"{script} --no-avx2")
+    if machine == "x86_64" and simd is None:
+        return Finding("images", "warning", f"{words}, which resizes slower than pillow-simd", script)
+    if cpu_has_avx2 and simd not in (None, "avx2"):
+        return Finding("images", "warning", f"{words} on a CPU with AVX2", script)
+    return Finding("images", "ok", words)
+
+
+def shared_memory(found: tuple[int, int] | None) -> Finding:
+    """Size and free bytes of /dev/shm, through which data workers hand their batches over."""
+    if found is None:
+        return Finding("/dev/shm", "ok", "not here: batches travel through files")
+    size, free = found
+    words = f"{free / GIB:.2f} GiB free of {size / GIB:.2f}"
+    if size < GIB:
+        return Finding("/dev/shm", "warning", words, "docker run --shm-size=8g, or data.workers=0")
+    if free < GIB // 2:
+        return Finding("/dev/shm", "warning", words, "remove what dead programs left in /dev/shm, or data.workers=0")
+    return Finding("/dev/shm", "ok", words)
+
+
+def open_files(soft: int, hard: int) -> Finding:
+    """Limits of open files; each data worker keeps up to 128 shards open."""
+    unlimited = resource.RLIM_INFINITY
+    words = "unlimited" if soft == unlimited else f"{soft:,}"
+    if soft != unlimited and soft < 1024:
+        most = "65536" if hard == unlimited else str(hard)
+        return Finding("open files", "warning", f"at most {words}", f"ulimit -n {most}")
+    return Finding("open files", "ok", f"at most {words}")
+
+
+def disk(folder: Path, found: tuple[int, int] | None) -> Finding:
+    """Size and free bytes of the disk of a folder."""
+    if found is None:
+        return Finding("disk", "problem", f"{folder} cannot be looked at", "go to a folder that exists")
+    words = f"{found[1] / GIB:.1f} GiB free of {found[0] / GIB:.1f} at {folder}"
+    if found[1] < GIB:
+        return Finding("disk", "problem", words, "free some space, or name a run_dir on another disk")
+    if found[1] < 10 * GIB:
+        return Finding("disk", "warning", words, "checkpoints may not fit: free some space, or use another disk")
+    return Finding("disk", "ok", words)
+
+
+def slurm(sbatch: str | None, found: str | None, partitions: Sequence[str] | None) -> Finding:
+    """Where sbatch is, SLURM's version, the partitions (None: no controller answered in time)."""
+    if sbatch is None:
+        return Finding("slurm", "ok", "no sbatch here: launch=local is there, launch=slurm is not")
+    if partitions is None:
+        what = f"{sbatch} is here, but no controller answers within {_SLURM_SECONDS:g} s"
+        return Finding("slurm", "warning", what, "look at `scontrol ping` and SLURM_CONF; launch=local works")
+    if not partitions:
+        return Finding("slurm", "warning", f"{found} shows no partition", "ask who runs the cluster for access")
+    return Finding("slurm", "ok", f"{found}, partitions: {', '.join(partitions)}")
+
+
+def network(host: str, addresses: Sequence[str], known: Mapping[str, str]) -> Finding:
+    """The addresses that the host name maps to, which other machines are told; interfaces with their addresses."""
+    outside = {name: address for name, address in known.items() if not _is_loopback(address)}
+    listed = ", ".join(f"{name} {address}" for name, address in outside.items()) or "no interface leads outside"
+    if addresses and not any(map(_is_loopback, addresses)):
+        return Finding("network", "ok", f"{host} is {', '.join(addresses)} ({listed})")
+    where = f"{host} maps to {', '.join(addresses) or 'no address'}"
+    if not outside:
+        return Finding("network", "ok", f"{where}, {listed}: runs stay on this machine")
+    what = f"{where}: processes on other machines would not find this one ({listed})"
+    return Finding("network", "warning", what, f"for launch.nodes > 1: launch.network_interface={next(iter(outside))}")
+
+
+def tensorboard(there: bool) -> Finding:
+    """The optional extra."""
+    if there:
+        return Finding("tensorboard", "ok", "installed")
+    return Finding("tensorboard", "ok", "not installed; with it a run writes event files", "pip install tensorboard")
+
+
+def threads(environ: Mapping[str, str], granted: int) -> Finding:
+    """OMP_NUM_THREADS against the cores granted."""
+    given = environ.get("OMP_NUM_THREADS")
+    if given is None:
+        return Finding("threads", "ok", "OMP_NUM_THREADS is not set: train.threads decides")
+    if given.isdecimal() and int(given) > granted:
+        words = f"OMP_NUM_THREADS={given} on {granted} core{'' if granted == 1 else 's'}"
+        return Finding("threads", "warning", words, "unset OMP_NUM_THREADS")
+    return Finding("threads", "ok", f"OMP_NUM_THREADS={given}; in training train.threads decides")
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+# ---- facts ----
+
+
+def interfaces() -> dict[str, str]:
+    """IPv4 addresses by the name of their network interface; none where the system cannot be asked so."""
+    request = 0x8915  # SIOCGIFADDR of Linux
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            asked = array.array("B", struct.pack("256s", name.encode()[:15]))
+            with contextlib.suppress(OSError):  # without an address
+                fcntl.ioctl(probe.fileno(), request, asked)
+                found[name] = socket.inet_ntoa(asked[20:24].tobytes())
+    return found
+
+
+def _addresses(host: str) -> list[str]:
+    try:
+        return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, None)))
+    except OSError:
+        return []
+
+
+def _torch() -> tuple[str | None, bool, list[Gpu], str | None]:
+    """Version, whether it was built for CUDA, the GPUs, NCCL's version."""
+    try:
+        import torch as library
+    except (ImportError, OSError):  # OSError: a library that it loads is missing
+        return None, False, [], None
+    found = []
+    if library.cuda.is_available():
+        for number in range(library.cuda.device_count()):
+            about = library.cuda.get_device_properties(number)
+            found.append(Gpu(about.name, about.total_memory, (about.major, about.minor)))
+    nccl = None
+    if found and library.distributed.is_available() and library.distributed.is_nccl_available():
+        nccl = ".".join(map(str, library.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch has no types there
+    return library.__version__, library.version.cuda is not None, found, nccl
+
+
+def _cpu_flags() -> frozenset[str]:
+    """What the CPU can, as Linux calls it."""
+    for line in _text(Path("/proc/cpuinfo")).splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def _core_quota() -> float | None:
+    """Cores whose time this container may use (cgroup v2, then v1), None without limit."""
+    share, _, period = _text(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
+    if not share:
+        share, period = (_text(Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us")) for name in ("quota", "period"))
+    try:
+        return int(share) / int(period) if int(share) > 0 else None
+    except ValueError:  # "max", or no such file
+        return None
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes in all and available: of the machine, or what the container's limit leaves."""
+    lines = dict(line.split(":", 1) for line in _text(Path("/proc/meminfo")).splitlines())
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = int(lines["MemTotal"].split()[0]) * 1024 if "MemTotal" in lines else pages
+    available = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else total
+    with contextlib.suppress(ValueError):  # "max", or no such file
+        limit = int(_text(Path("/sys/fs/cgroup/memory.max")))
+        used = int(_text(Path("/sys/fs/cgroup/memory.current")))
+        total, available = min(total, limit), min(available, max(0, limit - used))
+    return total, available
+
+
+def _pillow() -> tuple[str | None, str | None, list[str]]:
+    """Version, flavour of pillow-simd, formats that are missing."""
+    try:
+        import PIL
+        from PIL import features
+    except ImportError:
+        return None, None, []
+    missing = [name for name, key in (("JPEG", "jpg"), ("PNG", "zlib"), ("WebP", "webp")) if not features.check(key)]
+    try:
+        version("pillow-simd")
+    except PackageNotFoundError:
+        return PIL.__version__, None, missing
+    flavour = "unknown flavour"
+    with contextlib.suppress(PackageNotFoundError):  # the installer's shim says how it was compiled
+        summary = metadata("pillow")["Summary"] or ""
+        flavour = next((name for name in ("avx2", "sse4") if name in summary), flavour)
+    return PIL.__version__, flavour, missing
+
+
+def _disk(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return found.total, found.free
+
+
+def _slurm() -> tuple[str | None, str | None, list[str] | None]:
+    """Where sbatch is, its version, names of partitions."""
+    sbatch = shutil.which("sbatch")
+    answer = _said("sinfo", "--noheader", "--format=%R") if sbatch else None
+    if answer is None:
+        return sbatch, None, None
+    return sbatch, _said("sbatch", "--version"), list(dict.fromkeys(answer.split()))
+
+
+def _said(*words: str) -> str | None:
+    """What a program printed; None where it failed or took too long."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_SLURM_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
