@@ -128,8 +128,9 @@ def strategy(config: TrainConfig, *, device: torch.device) -> Resolved:
 
 
 def _ddp_bytes(config: TrainConfig) -> int:
-    """What a rank holds under ddp, activations apart: weights, gradients, moments and the buckets of gradients."""
-    copies = 5 if config.optimizer.name == "adamw" else 4
+    """What a rank holds under ddp, activations apart, in the moment of the update."""
+    # Weights, gradients and moments; under its mask LARC computes new weights and momentum beside the old ones.
+    copies = 4 if config.optimizer.name == "adamw" else 5
     network = learner(config, device=torch.device("meta"))
     return copies * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
 

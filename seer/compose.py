@@ -214,11 +214,11 @@ def _parts(value: str) -> list[str]:
 
 
 def _no_assignment(word: str) -> UserError:
-    rule = "what follows `seer train` is KEY=VALUE"
+    rule = "what follows the verb is KEY=VALUE"
     if word in VERBS:
         return UserError(word, rule, f"a verb comes first: seer {word} ...")
     if word.startswith("-"):
-        return UserError(word, rule, "the options are --help and --print-config")
+        return UserError(word, rule, "there is no such option; --help lists them")
     if word in groups() or word in key_types():
         return UserError(word, rule, f"write {word}=VALUE")
     if word in groups()["experiment"]:

@@ -235,13 +235,13 @@ class LaunchConfig:
     name: str = "local"
     """`local` (processes on this machine) or `slurm`."""
     nodes: int = 1
-    """Machines."""
+    """Machines that the run is spread over; more than 1 needs slurm."""
     gpus_per_node: int | None = None
     """Processes a machine, one a GPU; null: the GPUs that are there, or 2 on a machine without."""
     cpus_per_gpu: int | None = None
-    """Cores of each process; null: the cluster's default, or an equal share of this machine."""
+    """slurm: cores of each process; null: the cluster's default, often one. Here processes share all cores."""
     memory_per_node_gb: int | None = None
-    """Memory to ask for on each node, gigabytes; null: the cluster's default."""
+    """slurm: memory of each node, gigabytes; null: the cluster's default."""
     partition: str | None = None
     """slurm: the partition; null: the cluster's default."""
     account: str | None = None
@@ -263,7 +263,7 @@ class LaunchConfig:
     setup: list[str] = field(default_factory=list)
     """slurm: shell lines before the run, such as 'module load cuda'."""
     extra_sbatch: list[str] = field(default_factory=list)
-    """slurm: further options of sbatch as OPTION=VALUE, without dashes."""
+    """slurm: further options of sbatch as OPTION=VALUE or OPTION, without dashes."""
 
 
 @dataclass

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+EXIT_STOPPED = 75  # of `seer train` (EX_TEMPFAIL): stopped, and the same command goes on
+
 
 class UserError(ValueError):
     """An error that the user's input caused and the user can mend.

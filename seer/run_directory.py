@@ -213,8 +213,10 @@ def check_can_run(run_dir: str | Path, config: Mapping[str, Any]) -> None:
     _unmake(_make(folder))
     if (taken := in_use(folder / _LOCK)) is not None:
         raise taken
-    if _has_begun(folder):
-        _agree_or_raise(folder, _load(folder), _freeze(config, None, None))
+    if _has_begun(folder) and (before := _load(folder)) is not None:
+        # What the shards hold is compared when the run goes on; how they are spelt does not matter.
+        shards = {"data": before["config"]["data"] | {"shards": config["data"]["shards"]}}
+        _agree_or_raise(folder, before | {"config": before["config"] | shards}, _freeze(config, None, None))
 
 
 def launch_folder_of(run_dir: str | Path) -> Path:

@@ -130,6 +130,12 @@ def in_use(file: Path) -> UserError | None:
     return _in_use(file, held) if held is not None and _alive(held) else None
 
 
+def host_of_holder(file: Path) -> str | None:
+    """The machine of the process that holds a lock and may be alive; None where there is none."""
+    held = _read(file)
+    return str(json.loads(held)["host"]) if held is not None and _alive(held) else None
+
+
 def _in_use(file: Path, content: bytes) -> UserError:
     held = json.loads(content)
     here = _is_here(content)

@@ -238,7 +238,7 @@ def test_home_is_expanded_where_a_folder_is_meant(monkeypatch: pytest.MonkeyPatc
         (["small"], "write experiment=small"),
         (["seed"], "write seed=VALUE"),
         (["sed"], "write seed=VALUE"),
-        (["--steps"], "the options are"),
+        (["--steps"], "there is no such option"),
         (["photos/a.tar"], "data.shards='photos/a.tar'"),
         (["run_dir=???"], "write ./???"),
         (["data.shards=[a,???]"], "write ./???"),

@@ -35,7 +35,9 @@ WITHOUT_TORCH = (
     *("__init__", "errors", "config", "compose", "keyed_random", "shard_index", "files", "run_directory", "run_lock"),
     *("validation", "derived", "rank_environment"),
     *("data/__init__", "data/order", "data/decode", "data/crops", "data/sources", "data/photometric_parameters"),
-    *("cli/__init__", "cli/main", "cli/arguments"),
+    *("cli/__init__", "cli/main", "cli/arguments", "cli/launch", "cli/train", "cli/runs", "cli/doctor"),
+    *(f"launching/{name}" for name in ("cluster", "entry", "folder", "follow", "local", "machine", "placement")),
+    *(f"launching/{name}" for name in ("slurm", "submission", "tail")),
 )
 
 

@@ -18,7 +18,7 @@ from seer import config as schema
 from seer.cli.steadfast import Steadfast
 from seer.compose import compose, flat, groups, key_types, thaw
 from seer.config import TrainConfig, freeze
-from seer.errors import ToldElsewhere, UserError
+from seer.errors import EXIT_STOPPED, ToldElsewhere, UserError
 from seer.launching import slurm
 from seer.launching.entry import leave_status, read_frozen
 from seer.rank_environment import told_once
@@ -39,8 +39,6 @@ It is one process, or each of several that torchrun or srun started; `seer launc
   --take-over     go on although a process on another machine holds the run: if you know that it is gone
   --frozen FILE   the configuration that `seer launch` composed and saved, in place of KEY=VALUE
 """
-
-_EARLY_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run(argv: list[str]) -> int:
@@ -88,7 +86,10 @@ def _train_frozen(path: str, *, take_over: bool) -> int:
 
 
 def _train(config: TrainConfig, *, take_over: bool) -> int:
-    before = {number: signal.signal(number, _stopped_before_it_began) for number in _EARLY_SIGNALS}
+    # Until the run has handlers of its own. What schedulers send ahead of the end of a job may come right at its
+    # beginning, and says nothing then that the job's deadline does not say better.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGUSR2)}
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _stopped_before_it_began)
     try:
         from seer import distributed  # imports torch, and so comes after everything that can be refused without it
         from seer.training import loop
@@ -98,7 +99,7 @@ def _train(config: TrainConfig, *, take_over: bool) -> int:
                 result = loop.run(config, take_over=take_over)
         except distributed.LostRank as lost:
             print(f"seer: {lost}", file=sys.stderr, flush=True)
-            return 75
+            return EXIT_STOPPED
         if result.again and (why_not := slurm.requeue()):
             print(f"seer: not queued again ({why_not}); the same command goes on", file=sys.stderr, flush=True)
         return result.exit_code
@@ -109,8 +110,8 @@ def _train(config: TrainConfig, *, take_over: bool) -> int:
 
 def _stopped_before_it_began(number: int, frame: object) -> None:
     """The run's own handler takes over as soon as there is something to save."""
-    print(f"seer: {signal.Signals(number).name} before the first step: nothing to save", file=sys.stderr)
-    raise SystemExit(75)
+    print("seer: SIGTERM before the first step: nothing to save", file=sys.stderr)
+    raise SystemExit(EXIT_STOPPED)
 
 
 def help_text() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from seer.errors import UserError
+from seer.errors import EXIT_STOPPED, UserError
 from seer.files import write_atomically
 from seer.rank_environment import rank_environment
 
@@ -40,7 +40,7 @@ def leave_status(exit_code: int, message: str | None) -> None:
     file = os.environ.get("SEER_STATUS_FILE")
     environment = rank_environment()
     first = environment is None or environment.rank == 0
-    if not file or not (first or message) or (exit_code == 75 and os.path.exists(file)):
+    if not file or not (first or message) or (exit_code == EXIT_STOPPED and os.path.exists(file)):
         return
     with contextlib.suppress(OSError):  # the run is over, and its own error matters more
         write_atomically(Path(file), json.dumps({"exit_code": exit_code, "message": message}).encode())

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seer.errors import UserError, closest
+from seer.errors import EXIT_STOPPED, UserError, closest
 from seer.launching.folder import LaunchFolder
 from seer.run_directory import lock_of, metrics_of, read_result, read_run
-from seer.run_lock import in_use
+from seer.run_lock import host_of_holder
 
 # Hundreds of lines; the whole file may have hundreds of thousands.
 _TAIL_BYTES = 1 << 18
-EXIT_STOPPED = 75  # of `seer train`: stopped, and the same command goes on
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _view(folder: Path, now: float) -> RunView | None:
     result: dict[str, Any] = {}
     with contextlib.suppress(UserError):
         result = read_result(folder) or {}
-    host, written, tail = _holder(lock), _changed(metrics), _tail(metrics)
+    host, written, tail = host_of_holder(lock), _changed(metrics), _tail(metrics)
     line = _newest(tail, "loss")
     begun = config is not None or written is not None
     state = _state(host, result, launched.exit_code(), lock_left=lock.exists(), begun=begun)
@@ -138,14 +137,6 @@ def _state(host: str | None, result: dict[str, Any], exit_code: int | None, *, l
     if exit_code not in (None, 0, EXIT_STOPPED):
         return "failed"
     return "lost" if begun else "queued"
-
-
-def _holder(lock: Path) -> str | None:
-    """The machine of the process that holds the lock; None where nobody does."""
-    try:
-        return str(json.loads(lock.read_bytes())["host"]) if in_use(lock) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _tail(metrics: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from seer.checkpoint.store import CheckpointStore
 from seer.config import TrainConfig, freeze
 from seer.data.stream import DataStream, lost_worker
 from seer.derived import Resolved, resolve
-from seer.errors import UserError
+from seer.errors import EXIT_STOPPED, UserError
 from seer.evaluation.online import OnlineEvaluation
 from seer.handoff.timm_format import export_timm, load_exported
 from seer.launching import slurm
@@ -26,7 +26,7 @@ from seer.run_directory import RunDirectory, checkpoints_of
 from seer.shard_index import ShardList
 from seer.training.state import TrainState, fresh_state, load_state, state_tensors
 from seer.training.step import StepSettings, float_crops, set_learning_rate, train_step
-from seer.training.stop import EXIT_STOPPED, StopRequest
+from seer.training.stop import StopRequest
 from seer.validation import validate
 
 

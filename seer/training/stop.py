@@ -11,8 +11,6 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: go on with the same command
-
 _ASKS_FOR_ANOTHER_LIFE = (signal.SIGUSR1, signal.SIGUSR2)  # what schedulers send ahead of the end of a job
 
 

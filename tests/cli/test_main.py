@@ -64,7 +64,15 @@ def test_help_answers_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["train", "--help"], ["evaluate", "knn", "--help"], ["export", "--help"]]
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["evaluate", "knn", "--help"],
+        ["export", "--help"],
+        ["launch", "--help"],
+    ],
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert not imported_by(*words) & set(HEAVY)
@@ -124,7 +132,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "experiment=small"], "data.shards is empty"),
         (["train", "experiment=demo", "objective.epsilon=0.001"], "objective.epsilon=0.001"),
         (["train"], "run_dir is missing"),
-        (["train", "--wat"], "--help and --print-config"),
+        (["train", "--wat"], "there is no such option"),
         (["evaluate", "knm"], "did you mean 'knn'?"),
         (["evaluate", "knn", "--rnu", "x"], "did you mean '--run'?"),
         (["evaluate", "knn", "--run", "x"], "required: --train, --val"),

@@ -107,13 +107,15 @@ def test_slurm_waits_for_its_tasks_whatever_the_batch_script_is_sent(
     started, go = tmp_path / "started", tmp_path / "go"
     programs.add("srun", first=f"trap '' TERM; : >{started}; until [ -e {go} ]; do sleep 0.02; done", code=75)
     process = subprocess.Popen([SLURM, *WORDS], env=os.environ | {"SLURM_JOB_ID": "17"})
-    while not started.exists():
-        time.sleep(0.01)
-    for _ in range(2):
-        process.send_signal(number)
-        time.sleep(0.1)
-    assert process.poll() is None
-    go.touch()
+    try:
+        while not started.exists():
+            time.sleep(0.01)
+        for _ in range(2):
+            process.send_signal(number)
+            time.sleep(0.1)
+        assert process.poll() is None
+    finally:
+        go.touch()
     assert process.wait(timeout=20) == 75
 
 

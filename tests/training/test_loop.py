@@ -10,10 +10,9 @@ import torch
 from tiny_run import make_shards, tiny_config
 
 from seer.checkpoint.store import CheckpointStore
-from seer.errors import UserError
+from seer.errors import EXIT_STOPPED, UserError
 from seer.handoff.timm_format import load_exported
 from seer.training import loop
-from seer.training.stop import EXIT_STOPPED
 
 
 @pytest.fixture(scope="module")
