@@ -39,17 +39,25 @@ def processes(device: torch.device, *, timeout_seconds: int) -> Iterator[None]:
     if environment is None:
         yield
         return
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if elastic := "TORCHELASTIC_RUN_ID" in os.environ:
         _die_with_parent()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        # torchrun keeps a store of its own, which the environment tells.
-        init_method=None if "RANK" in os.environ else f"tcp://{environment.master_addr}:{environment.master_port}",
-        rank=environment.rank,
-        world_size=environment.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            # torchrun keeps a store of its own, which the environment tells.
+            init_method=None if elastic else f"tcp://{environment.master_addr}:{environment.master_port}",
+            rank=environment.rank,
+            world_size=environment.world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise UserError(
+            f"process {environment.rank} of {environment.world_size} on {socket.gethostname()} does not meet the others "
+            f"at {environment.master_addr}:{environment.master_port} ({str(error).splitlines()[0]})",
+            "process 0 listens there, and all others reach it and come within parallel.timeout_seconds",
+            "start all of them together; check MASTER_ADDR, MASTER_PORT and launch.network_interface",
+        ) from None
     try:
         yield
         dist.barrier()  # else the first to leave may close connections that another still reads from

@@ -58,6 +58,8 @@ def rank_environment(environ: Mapping[str, str] = os.environ) -> RankEnvironment
     ):
         if number >= count:
             raise _wrong(name, environ.get(name), f"it does not fit {of}={environ.get(of)}")
+    if not 0 < found.master_port < 65536:
+        raise _wrong("MASTER_PORT", str(found.master_port), "it is a port, 1 to 65535")
     return found
 
 

@@ -252,9 +252,9 @@ def _validate_parallel(parallel: ParallelConfig, world_size: int) -> None:
         )
     if parallel.shard_ranks is not None and world_size % parallel.shard_ranks:
         raise UserError(
-            f"parallel.shard_ranks={parallel.shard_ranks} under {world_size} processes",
+            f"parallel.shard_ranks={parallel.shard_ranks} under {world_size} process{'es' if world_size > 1 else ''}",
             "every copy of the weights is shared by equally many processes",
-            f"use a divisor of {world_size}",
+            f"use a divisor of {world_size}" if world_size > 1 else "leave it out, or start several processes",
         )
     _at_least("parallel.timeout_seconds", parallel.timeout_seconds, 1)
 

@@ -13,6 +13,7 @@ import importlib
 import os
 import select
 import sys
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ VERBS = {
 # What the machine refuses and a user can mend, wherever it surfaces.
 _ENVIRONMENT = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
+_TELLING_SECONDS = 5.0
+
 _EXAMPLES = """\
 seer shards pack PHOTOS_DIR --out SHARDS_DIR
 seer train experiment=small data.shards='SHARDS_DIR/*.tar' run_dir=RUN
@@ -63,8 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        if not isinstance(error, ToldElsewhere):
-            print(f"seer: {error}", file=sys.stderr)
+        if isinstance(error, ToldElsewhere):
+            time.sleep(_TELLING_SECONDS)  # launchers end all processes with the first that leaves: it is the one that tells
+        else:
+            print(f"seer: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("seer: interrupted", file=sys.stderr)

@@ -21,7 +21,7 @@ from seer.config import TrainConfig, freeze
 from seer.errors import EXIT_STOPPED, ToldElsewhere, UserError
 from seer.launching import slurm
 from seer.launching.entry import leave_status, read_frozen
-from seer.rank_environment import told_once
+from seer.rank_environment import rank_environment, told_once
 from seer.validation import validate
 
 HELP = """\
@@ -53,7 +53,8 @@ def run(argv: list[str]) -> int:
         return _train_frozen(words[1], take_over="--take-over" in argv)
     with told_once():
         config = compose(words)
-        validate(config)
+        environment = rank_environment()
+        validate(config, world_size=environment.world_size if environment else 1)
     if "--print-config" in argv:
         print(yaml.safe_dump(freeze(config), sort_keys=False, allow_unicode=True, width=120), end="")
         return 0
