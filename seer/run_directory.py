@@ -198,12 +198,12 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
     return config
 
 
-def check_can_run(run_dir: str | Path, config: Mapping[str, Any]) -> None:
+def check_can_run(run_dir: str | Path, config: Mapping[str, Any], *, take_over: bool = False) -> None:
     """Whether a run could begin or go on in a folder, for those who start it later; nothing that is made here stays.
 
     Args:
         run_dir: the folder.
-        config: as for ``RunDirectory.open``.
+        config, take_over: as for ``RunDirectory.open``.
 
     Raises:
         UserError: as ``RunDirectory.open``.
@@ -211,12 +211,17 @@ def check_can_run(run_dir: str | Path, config: Mapping[str, Any]) -> None:
     folder = _absolute(run_dir)
     _refuse_what_is_no_run(folder)
     _unmake(_make(folder))
-    if (taken := in_use(folder / _LOCK)) is not None:
+    if (taken := in_use(folder / _LOCK, take_over=take_over)) is not None:
         raise taken
     if _has_begun(folder) and (before := _load(folder)) is not None:
         # What the shards hold is compared when the run goes on; how they are spelt does not matter.
         shards = {"data": before["config"]["data"] | {"shards": config["data"]["shards"]}}
         _agree_or_raise(folder, before | {"config": before["config"] | shards}, _freeze(config, None, None))
+
+
+def free_from_elsewhere(run_dir: str | Path) -> None:
+    """Take the lock from a process on another machine, for a run that is started here and takes it later."""
+    RunLock.take(_absolute(run_dir) / _LOCK, take_over=True).release()
 
 
 def launch_folder_of(run_dir: str | Path) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from seer.errors import UserError
-from seer.files import cannot_write
+from seer.files import cannot_write, write_atomically
 
 
 class RunLock:
@@ -37,7 +37,7 @@ class RunLock:
             UserError: a living process, or one on another machine that cannot be seen from here, holds it; or the
                 folder cannot be written.
         """
-        content = (json.dumps(_this_process()) + "\n").encode()
+        content = _naming(os.getpid())
         try:
             while not _create(file, content):
                 held = _read(file)
@@ -54,19 +54,26 @@ class RunLock:
         """Whether nobody has taken the lock over."""
         return _read(self._file) == self._content
 
+    def pass_to(self, pid: int) -> None:
+        """Let a process of this machine hold the lock from now on; when that is gone, it is free."""
+        self._content = _naming(pid)
+        write_atomically(self._file, self._content)
+
     def release(self) -> None:
         """Give the lock back, unless somebody has taken it over."""
         _remove(self._file, self._content)
 
 
-def _this_process() -> dict[str, Any]:
-    return {
+def _naming(pid: int) -> bytes:
+    """What stands in a lock that a process of this machine holds."""
+    holder = {
         "host": socket.gethostname(),
         "boot": _boot(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
+        "pid": pid,
+        "started": _started(pid),
         "token": os.urandom(8).hex(),  # tells two locks of one process apart
-    } | _job()
+    }
+    return (json.dumps(holder | _job()) + "\n").encode()
 
 
 def _job() -> dict[str, Any]:
@@ -124,10 +131,12 @@ def _is_here(content: bytes) -> bool:
     return bool(json.loads(content)["host"] == socket.gethostname())
 
 
-def in_use(file: Path) -> UserError | None:
-    """What to say of a lock that a process holds which may be alive; None where there is none."""
+def in_use(file: Path, *, take_over: bool = False) -> UserError | None:
+    """What `RunLock.take` would refuse; None where it would take the lock."""
     held = _read(file)
-    return _in_use(file, held) if held is not None and _alive(held) else None
+    if held is None or not _alive(held) or (take_over and not _is_here(held)):
+        return None
+    return _in_use(file, held)
 
 
 def host_of_holder(file: Path) -> str | None:

@@ -15,7 +15,7 @@ from seer.launching import cluster, local, submission
 from seer.launching.folder import LaunchFolder, absolute
 from seer.launching.placement import Placement
 from seer.launching.tail import Tail
-from seer.run_directory import check_can_run
+from seer.run_directory import check_can_run, free_from_elsewhere
 from seer.validation import validate, validate_launch
 
 HELP = """\
@@ -28,11 +28,12 @@ Trains on all GPUs of this machine (launch=local) or as a job of a SLURM cluster
 The same command goes on where a stopped run stands. What follows is KEY=VALUE, as for `seer train`.
 
 Options:
-  --wait     stay, show what rank 0 says, end with the run's exit code: 0 finished, 75 stopped and can go on, 2 input
-  --dry-run  print the command or the sbatch script and start nothing
+  --wait       stay, show what rank 0 says, end with the run's exit code: 0 finished, 75 stopped and can go on, 2 input
+  --dry-run    print the command or the sbatch script and start nothing
+  --take-over  go on although a process on another machine holds the run: if you know that it is gone
 """
 
-_OPTIONS = ("--wait", "--dry-run", "--help")
+_OPTIONS = ("--wait", "--dry-run", "--take-over", "--help")
 
 
 def run(argv: list[str]) -> int:
@@ -45,14 +46,14 @@ def run(argv: list[str]) -> int:
         if word not in _OPTIONS:
             raise UserError(f"seer launch {word}", "there is no such option", closest(word, _OPTIONS))
     config = absolute(compose([word for word in argv if word not in options]))
-    placement = _checked(config)
+    placement = _checked(config, take_over="--take-over" in options)
     folder = LaunchFolder(Path(config.run_dir))
     if config.launch.name == "slurm":
         return _slurm(config, folder, placement, options)
     return _local(config, folder, placement, options)
 
 
-def _checked(config: TrainConfig) -> Placement:
+def _checked(config: TrainConfig, *, take_over: bool) -> Placement:
     """Everything that can be refused before something is written or queued."""
     from seer.data.order import ShardOrder  # imports numpy, which the help does without
     from seer.shard_index import ShardList
@@ -72,7 +73,7 @@ def _checked(config: TrainConfig) -> Placement:
     if init_from is not None and not Path(init_from).is_file():
         raise UserError(f"train.init_from={init_from}", "there is no such file", "check the path")
     submission.refuse_queued(LaunchFolder(Path(config.run_dir)))
-    check_can_run(config.run_dir, freeze(config))
+    check_can_run(config.run_dir, freeze(config), take_over=take_over)
     return placement
 
 
@@ -80,9 +81,12 @@ def _local(config: TrainConfig, folder: LaunchFolder, placement: Placement, opti
     if "--dry-run" in options:
         print(local.shell_text(config, folder, placement))
         return 0
-    with folder.frozen(config):
+    with folder.frozen(config) as lock:
+        if "--take-over" in options:
+            free_from_elsewhere(config.run_dir)
         tail = Tail(folder.rank_log(0))
         pid = local.start(config, folder, placement)
+        lock.pass_to(pid)
     _say(
         f"process {pid} ({placement.words})",
         folder,
@@ -96,8 +100,11 @@ def _slurm(config: TrainConfig, folder: LaunchFolder, placement: Placement, opti
     if "--dry-run" in options:
         print(submission.text(config.launch, folder, placement), end="")
         return 0
-    with folder.frozen(config):
+    with folder.frozen(config) as lock:
+        if "--take-over" in options:
+            free_from_elsewhere(config.run_dir)
         job = submission.submit(config.launch, folder, placement, train.run_frozen)
+        lock.release()
     _say(
         f"job {job} ({placement.words})",
         folder,

@@ -4,6 +4,7 @@ config.yaml      the composed configuration, absolute paths; ranks read it and c
 code/            the package as it was at the launch: what is edited later is not used by a job that starts later
 status.json      how the last life ended, written by rank 0
 rank-0.log ...   local: what each process said; rank-0.pid ...: its number; torchrun.log: what torchrun said
+lock             host and pid of the launcher, then of the process that it started here
 17_0_log.out     slurm: what task 0 of job 17 said; 17_submission.sh: what was submitted
 """
 
@@ -25,6 +26,7 @@ from seer.compose import conf_folder
 from seer.config import TrainConfig, freeze
 from seer.files import cannot_write, write_atomically
 from seer.run_directory import launch_folder_of
+from seer.run_lock import RunLock
 
 _HEAD = "# Written by seer launch: what the processes of this run read. To change a run, launch it again.\n"
 # What launchers tell their processes: left over in a shell, it would make strangers of ours.
@@ -87,19 +89,28 @@ class LaunchFolder:
             return None
 
     @contextlib.contextmanager
-    def frozen(self, config: TrainConfig) -> Iterator[None]:
+    def frozen(self, config: TrainConfig) -> Iterator[RunLock]:
         """Writes configuration and code for the block that starts the run; if that fails, what was made here goes.
+
+        The block holds a lock that keeps other launches of this run out, and may pass it on to what it started: the
+        run's own lock comes only after the imports, and a second launch would replace the files under the first.
 
         Args:
             config: what `absolute` gave.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or another launch of this run is under way or its process lives.
         """
-        missing = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
+        missing = [place for place in self.folder.parents if not place.exists()]
+        made, lock = False, None
         try:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    self.folder.mkdir()
+                    made = True
+                # On another machine nobody can tell whether it lives; the run's own lock and the queue say more of it.
+                lock = RunLock.take(self.folder / "lock", take_over=True)
                 self._copy_code()
                 text = yaml.safe_dump(freeze(config), sort_keys=False, allow_unicode=True, width=120)
                 write_atomically(self.config, (_HEAD + text).encode())
@@ -107,14 +118,15 @@ class LaunchFolder:
                     old.unlink(missing_ok=True)
             except OSError as error:
                 raise cannot_write(self.folder, error) from None
-            yield
+            yield lock
         except BaseException:
-            if self.folder in missing:
+            if made:
                 shutil.rmtree(self.folder, ignore_errors=True)
+            elif lock is not None:
+                lock.release()
             with contextlib.suppress(OSError):  # somebody else's by now
                 for place in missing:
-                    if place != self.folder:
-                        place.rmdir()
+                    place.rmdir()
             raise
 
     def _copy_code(self) -> None:

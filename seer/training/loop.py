@@ -70,6 +70,7 @@ def run(config: TrainConfig, *, take_over: bool = False) -> Result:
 
 def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
     first = distributed.rank() == 0
+    fresh = CheckpointStore(checkpoints_of(config.run_dir)).is_empty()
     with distributed.together():
         strategy = build.strategy(config, device=device)
         processes = environment.local_world_size if (environment := rank_environment()) else 1
@@ -80,7 +81,7 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         evaluation = _evaluation(config)
         peak = resolved["optimizer.learning_rate"].value
         schedule = build.schedule(config, peak=peak, warmup_steps=resolved["optimizer.warmup_steps"].value)
-        initial_weights = _initial_weights(config)
+        initial_weights = _initial_weights(config, fresh=fresh)
     with distributed.together():
         run = (
             RunDirectory.open(
@@ -175,14 +176,14 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         return Result(0 if finished_now else EXIT_STOPPED, result, again=first and stop.again and progress)
 
 
-def _initial_weights(config: TrainConfig) -> dict[str, Tensor] | None:
+def _initial_weights(config: TrainConfig, *, fresh: bool) -> dict[str, Tensor] | None:
     """The weights that the backbone starts from, if any; refuses what cannot be built before a file is written.
 
     Raises:
         UserError: a shape that is no RegNet, or weights of another one.
     """
     architecture = build.learner(config, device=torch.device("meta")).backbone.architecture()
-    if config.train.init_from is None or not CheckpointStore(checkpoints_of(config.run_dir)).is_empty():
+    if config.train.init_from is None or not fresh:
         return None  # a run that goes on has better weights, and may outlive the file
     weights = load_exported(Path(config.train.init_from))
     if weights.architecture != architecture:

@@ -10,8 +10,10 @@ import torch
 from tiny_run import make_shards, tiny_config
 
 from seer.checkpoint.store import CheckpointStore
+from seer.config import freeze
 from seer.errors import EXIT_STOPPED, UserError
 from seer.handoff.timm_format import load_exported
+from seer.run_directory import RunDirectory
 from seer.training import loop
 
 
@@ -95,8 +97,13 @@ def test_a_run_starts_from_exported_weights(tmp_path: Path, shards: str) -> None
 
 def test_a_first_save_that_failed_does_not_lose_the_initial_weights(tmp_path: Path, shards: str) -> None:
     weights = loop.run(tiny_config(tmp_path / "first", shards)).result["exports"][0]
-    (tmp_path / "second" / "checkpoints").mkdir(parents=True)  # as a full disk leaves it
-    assert loop._initial_weights(tiny_config(tmp_path / "second", shards, f"train.init_from={weights}")) is not None
+    config = tiny_config(tmp_path / "second", shards, f"train.init_from={weights}", "train.steps=1")
+    with RunDirectory.open(tmp_path / "second", freeze(config)):
+        (tmp_path / "second" / "checkpoints").mkdir()  # as a full disk leaves it
+    second = loop.run(config)
+    untrained = loop.run(tiny_config(tmp_path / "third", shards, "train.steps=1"))
+    found, other = (load_exported(Path(run.result["exports"][0])).tensors for run in (second, untrained))
+    assert not torch.allclose(found["stem.conv.weight"], other["stem.conv.weight"], atol=1e-3)
 
 
 def test_init_from_another_architecture_is_refused(tmp_path: Path, shards: str) -> None:
