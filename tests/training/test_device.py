@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lives import Life, losses
 from tiny_run import make_shards, tiny_config
 
 from seer.training import loop
@@ -42,3 +43,18 @@ def test_the_first_loss_on_a_gpu_is_that_of_the_cpu(tmp_path: Path, shards: str)
         loop.run(tiny_config(tmp_path / device, shards, f"train.device={device}", "train.precision=fp64"))
         losses[device] = json.loads((tmp_path / device / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_gpus_of_this_machine_train_as_one(tmp_path: Path, shards: str, strategy: str, precision: str) -> None:
+    """With one GPU this is one process, and proves nothing about strategies."""
+    first = []
+    for ranks in (1, torch.cuda.device_count()):
+        run = tmp_path / f"run{ranks}-{len(first)}"
+        settings = (f"parallel.strategy={strategy}", "train.device=cuda", f"train.precision={precision}")
+        with Life(run, shards, *settings, "train.global_batch_size=16", ranks=ranks) as life:
+            assert life.end() == 0, life.log.read_text()[-3000:]
+        first.append(losses(run)[0][1])
+    assert first[1] == pytest.approx(first[0], rel=1e-4 if precision == "fp32" else 1e-2)
