@@ -53,8 +53,8 @@ def processes(device: torch.device, *, timeout_seconds: int) -> Iterator[None]:
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UserError(
-            f"process {environment.rank} of {environment.world_size} on {socket.gethostname()} does not meet the others "
-            f"at {environment.master_addr}:{environment.master_port} ({str(error).splitlines()[0]})",
+            f"process {environment.rank} of {environment.world_size} on {socket.gethostname()} does not meet the "
+            f"others at {environment.master_addr}:{environment.master_port} ({str(error).splitlines()[0]})",
             "process 0 listens there, and all others reach it and come within parallel.timeout_seconds",
             "start all of them together; check MASTER_ADDR, MASTER_PORT and launch.network_interface",
         ) from None

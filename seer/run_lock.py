@@ -56,8 +56,7 @@ class RunLock:
 
     def pass_to(self, pid: int) -> None:
         """Let a process of this machine hold the lock from now on; when that is gone, it is free."""
-        self._content = _naming(pid)
-        write_atomically(self._file, self._content)
+        write_atomically(self._file, _naming(pid))
 
     def release(self) -> None:
         """Give the lock back, unless somebody has taken it over."""

@@ -105,6 +105,12 @@ def test_what_is_malformed_is_named(start: dict[str, str], name: str, value: str
     assert f"{name}={value}:" in str(error.value)
 
 
+@pytest.mark.parametrize("port", ["0", "65536"])
+def test_a_port_that_does_not_exist(port: str) -> None:
+    with pytest.raises(UserError, match=f"MASTER_PORT={port}: it is a port, 1 to 65535"):
+        rank_environment({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": port})
+
+
 @pytest.mark.parametrize("name", [name for name in SLURM if name not in ("SEER_LAUNCHER", "SLURM_NODEID")])
 def test_what_is_missing_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} is not set: .* srun"):

@@ -100,11 +100,10 @@ def _slurm(config: TrainConfig, folder: LaunchFolder, placement: Placement, opti
     if "--dry-run" in options:
         print(submission.text(config.launch, folder, placement), end="")
         return 0
-    with folder.frozen(config) as lock:
+    with folder.frozen(config):
         if "--take-over" in options:
             free_from_elsewhere(config.run_dir)
         job = submission.submit(config.launch, folder, placement, train.run_frozen)
-        lock.release()
     _say(
         f"job {job} ({placement.words})",
         folder,

@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         if isinstance(error, ToldElsewhere):
-            time.sleep(_TELLING_SECONDS)  # launchers end all processes with the first that leaves: it is the one that tells
+            # Launchers end all processes with the first that leaves: it has to be the one that tells.
+            time.sleep(_TELLING_SECONDS)
         else:
             print(f"seer: {error}", file=sys.stderr, flush=True)
         return 2

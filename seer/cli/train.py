@@ -90,7 +90,7 @@ def _train(config: TrainConfig, *, take_over: bool) -> int:
     # Until the run has handlers of its own. What schedulers send ahead of the end of a job may come right at its
     # beginning, and says nothing then that the job's deadline does not say better.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGUSR2)}
-    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _stopped_before_it_began)
+    before |= {number: signal.signal(number, _stopped_before_it_began) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         from seer import distributed  # imports torch, and so comes after everything that can be refused without it
         from seer.training import loop
@@ -111,7 +111,7 @@ def _train(config: TrainConfig, *, take_over: bool) -> int:
 
 def _stopped_before_it_began(number: int, frame: object) -> None:
     """The run's own handler takes over as soon as there is something to save."""
-    print("seer: SIGTERM before the first step: nothing to save", file=sys.stderr)
+    print(f"seer: {signal.Signals(number).name} before the first step: nothing to save", file=sys.stderr)
     raise SystemExit(EXIT_STOPPED)
 
 

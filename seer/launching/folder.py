@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,13 @@ class LaunchFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def tell_cause(self, log: Path) -> None:
+        """Say on stderr why the last life ended, where the log of rank 0 does not: another process met the error."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            message = json.loads(self.status.read_bytes())["message"]
+            if message and message not in log.read_text(encoding="utf-8", errors="replace"):
+                print(f"seer: {message}", file=sys.stderr)
+
     @contextlib.contextmanager
     def frozen(self, config: TrainConfig) -> Iterator[RunLock]:
         """Writes configuration and code for the block that starts the run; if that fails, what was made here goes.
@@ -119,6 +127,7 @@ class LaunchFolder:
             except OSError as error:
                 raise cannot_write(self.folder, error) from None
             yield lock
+            lock.release()  # which leaves one that was passed on
         except BaseException:
             if made:
                 shutil.rmtree(self.folder, ignore_errors=True)

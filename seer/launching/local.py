@@ -154,6 +154,7 @@ def follow(pid: int, folder: LaunchFolder, placement: Placement, tail: Tail) -> 
             time.sleep(0.1)
         except KeyboardInterrupt:
             _stop(pid, folder, placement)
+    folder.tell_cause(folder.rank_log(0))
     code = folder.exit_code()
     if code is None:
         logs = folder.rank_log(0) if placement.world_size == 1 else f"{folder.agent_log}, {folder.folder}/rank-*.log"

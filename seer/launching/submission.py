@@ -104,6 +104,7 @@ def follow(job: str, folder: LaunchFolder) -> int:
         print(f"seer: job {job} goes on; save and end it with: {stop_command(job)}", file=sys.stderr)
         return 130
     tail.copy()
+    folder.tell_cause(log(folder, job))
     code = folder.exit_code()
     if code is None:
         print(f"seer: job {job} ended without saying how: see {folder.folder}/{job}_*_log.out", file=sys.stderr)

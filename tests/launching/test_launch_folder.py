@@ -130,3 +130,25 @@ def test_the_configuration_itself_is_not_changed(tmp_path: Path, monkeypatch: py
     before = freeze(given)
     absolute(given)
     assert freeze(given) == before
+
+
+@pytest.mark.parametrize(
+    ("status", "logged", "told"),
+    [
+        ('{"exit_code": 2, "message": "a shard is gone"}', "step 1", "seer: a shard is gone\n"),
+        ('{"exit_code": 2, "message": "a shard is gone"}', "seer: a shard is gone", ""),  # rank 0 said it itself
+        ('{"exit_code": 0, "message": null}', "step 1", ""),
+        (None, "step 1", ""),
+        ("{", "step 1", ""),
+    ],
+)
+def test_what_another_process_than_rank_0_met_is_told(
+    tmp_path: Path, status: str | None, logged: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = LaunchFolder(tmp_path)
+    folder.folder.mkdir()
+    folder.rank_log(0).write_text(logged)
+    if status is not None:
+        folder.status.write_text(status)
+    folder.tell_cause(folder.rank_log(0))
+    assert capsys.readouterr().err == told
