@@ -123,7 +123,7 @@ def strategy(config: TrainConfig, *, device: torch.device) -> Resolved:
     if given != "auto":
         return Resolved(given, "given")
     need, there = _ddp_bytes(config), _memory_bytes(device)
-    words = f"{ranks} processes; weights, gradients and momentum take {need / 2**30:.1f} of {there / 2**30:.1f} GiB"
+    words = f"{ranks} processes; weights, gradients and momentum take {need / 2**30:.2g} of {there / 2**30:.0f} GiB"
     return Resolved("ddp" if need <= _DDP_SHARE * there else "fsdp", words)
 
 

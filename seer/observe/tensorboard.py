@@ -65,7 +65,7 @@ class TensorBoard:
                 self._missing = True
                 print(
                     "seer: no TensorBoard curves, it is not installed (metrics.jsonl has all figures); "
-                    "to get them: pip install 'seer[tensorboard]'",
+                    "to get them: pip install tensorboard",
                     file=sys.stderr,
                 )
                 return None
