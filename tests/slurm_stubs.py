@@ -10,9 +10,12 @@ import yaml
 
 from seer.config import TrainConfig
 
-# Two nodes with 8 GPUs, one with 4 in the same partition; one without; a partition of CPUs.
-CLUSTER = "gpu*|2|gpu:a100:8(S:0-1)|2-00:00:00\ngpu*|1|gpu:4|2-00:00:00\ncpu|10|(null)|infinite\nshort|1|gpu:1|30:00\n"
-NO_GPUS = "debug*|2|(null)|infinite\n"
+# Two nodes with 8 GPUs, one with 4 and more cores in the same partition; a partition of CPUs; one GPU for tries.
+CLUSTER = (
+    "gpu*|2|gpu:a100:8(S:0-1)|2-00:00:00|64\ngpu*|1|gpu:4|2-00:00:00|96\n"
+    "cpu|9|(null)|infinite|16\ncpu|1|(null)|infinite|32\nshort|1|gpu:1|30:00|8\n"
+)
+NO_GPUS = "debug*|2|(null)|infinite|4\n"
 
 
 class Programs:

@@ -15,7 +15,7 @@ from seer.launching import cluster, local, submission
 from seer.launching.folder import LaunchFolder, absolute
 from seer.launching.placement import Placement
 from seer.launching.tail import Tail
-from seer.run_directory import check_can_run, free_from_elsewhere
+from seer.run_directory import check_can_run, free_from_elsewhere, read_result
 from seer.validation import validate, validate_launch
 
 HELP = """\
@@ -48,6 +48,11 @@ def run(argv: list[str]) -> int:
     config = absolute(compose([word for word in argv if word not in options]))
     placement = _checked(config, take_over="--take-over" in options)
     folder = LaunchFolder(Path(config.run_dir))
+    result = read_result(config.run_dir) or {}
+    if result.get("state") == "finished":
+        steps = f"{result['steps']:,} steps"
+        print(f"{config.run_dir} is finished ({steps}); delete it or name another run_dir to train anew")
+        return 0
     if config.launch.name == "slurm":
         return _slurm(config, folder, placement, options)
     return _local(config, folder, placement, options)
@@ -91,7 +96,7 @@ def _local(config: TrainConfig, folder: LaunchFolder, placement: Placement, opti
         f"process {pid} ({placement.words})",
         folder,
         log=str(folder.rank_log(0)),
-        stop=f"kill -TERM $(cat {shlex.quote(str(folder.rank_pid(0)))})",
+        stop=f"kill -TERM $(cat {shlex.quote(str(folder.rank_pid(0)))})   (saves first; the same seer launch goes on)",
     )
     return local.follow(pid, folder, placement, tail) if "--wait" in options else 0
 
@@ -108,7 +113,8 @@ def _slurm(config: TrainConfig, folder: LaunchFolder, placement: Placement, opti
         f"job {job} ({placement.words})",
         folder,
         log=str(submission.log(folder, job)),
-        stop=submission.stop_command(job),
+        stop=f"{submission.stop_command(job)}   "
+        f"(saves first; the same seer launch goes on; while it is still queued: scancel {job})",
     )
     return submission.follow(job, folder) if "--wait" in options else 0
 
@@ -118,7 +124,7 @@ def _say(started: str, folder: LaunchFolder, *, log: str, stop: str) -> None:
     print(f"run_dir  {folder.run_dir}")
     print(f"follow   tail -F {shlex.quote(log)}")
     print(f"runs     seer runs {shlex.quote(str(folder.run_dir.parent))}")
-    print(f"stop     {stop}   (saves first; the same seer launch goes on)", flush=True)
+    print(f"stop     {stop}", flush=True)
 
 
 def help_text() -> str:

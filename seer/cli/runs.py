@@ -22,15 +22,15 @@ Examples:
   seer runs RUN
   seer runs runs --json
 
-Lists the runs in a folder and up to two levels below it, the last active one first. It only reads their files, so it
-works from any machine that sees them.
+Lists the runs in a folder and up to two levels below it, the last active one first. It reads their files, so it works
+from any machine that sees them; where squeue is, it also asks which of your jobs wait.
 
   running   a process holds the run; of one on another machine only the lock is seen: look at the age of the last line
   finished  it took its last step
   stopped   it was asked to stop and saved: the same command goes on
   failed    seer launch started it, and it ended with an error: RUN/launch/*.log says which
   lost      it ended without saying how: the same command goes on from the newest checkpoint
-  queued    seer launch has handed it over, and it has not begun
+  queued    seer launch has handed it over, and it has not begun; or its job waits to go on
 """
 
 _STYLES = {

@@ -70,6 +70,11 @@ class LaunchFolder:
         return self.folder / "status.json"
 
     @property
+    def lock(self) -> Path:
+        """What the launcher holds, and after it the process that it started here."""
+        return self.folder / "lock"
+
+    @property
     def agent_log(self) -> Path:
         """What torchrun said."""
         return self.folder / "torchrun.log"
@@ -118,7 +123,7 @@ class LaunchFolder:
                     self.folder.mkdir()
                     made = True
                 # On another machine nobody can tell whether it lives; the run's own lock and the queue say more of it.
-                lock = RunLock.take(self.folder / "lock", take_over=True)
+                lock = RunLock.take(self.lock, take_over=True)
                 self._copy_code()
                 text = yaml.safe_dump(freeze(config), sort_keys=False, allow_unicode=True, width=120)
                 write_atomically(self.config, (_HEAD + text).encode())

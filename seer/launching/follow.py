@@ -1,4 +1,4 @@
-"""What can be seen of runs from outside: their files are read, nothing is locked and nobody is asked."""
+"""What can be seen of runs from outside: their files are read and nothing is locked; of jobs, SLURM is asked once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import Any
 
 from seer.errors import EXIT_STOPPED, UserError, closest
 from seer.launching.folder import LaunchFolder
+from seer.launching.submission import is_waiting, jobs_of, queued_jobs
 from seer.run_directory import lock_of, metrics_of, read_result, read_run
 from seer.run_lock import host_of_holder
 
 # Hundreds of lines; the whole file may have hundreds of thousands.
 _TAIL_BYTES = 1 << 18
+_PATIENCE_SECONDS = 5  # for SLURM; without an answer the files alone are believed
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ class RunView:
         folder: the run's folder.
         state: `running` (a process holds the lock; one on another machine is believed), `finished`, `stopped` (the
             same command goes on), `failed` (launched, and ended with an error), `lost` (ended without saying how) or
-            `queued` (launched, nothing written yet).
-        host: where the process runs that holds the lock.
-        step, total_steps: steps taken, as of the last line of the metrics, and of the whole run.
+            `queued` (launched, nothing written yet; or its job waits in the queue, again).
+        host: where the process runs that holds the lock; running runs only.
+        step, total_steps: steps taken, as of the last line of the metrics or what was saved after it, and of the whole
+            run.
         images_per_s: of the last log interval, over all processes.
         loss, chance: of the newest line; the loss of a network that tells nothing apart.
         knn_top1: newest score in [0, 1].
@@ -69,8 +72,12 @@ def runs_below(folder: Path) -> list[RunView]:
         if folder.exists():
             raise UserError(f"{folder} is a file", "runs lie in a folder", f"try seer runs {folder.parent}")
         raise UserError(f"{folder} does not exist", "runs are looked for in a folder", _nearest(folder))
-    now = time.time()
-    return sorted(_views(folder, 2, now), key=lambda run: (-run.last_activity, run.folder))
+    now, found = time.time(), list(_runs(folder, 2))
+    jobs = {run: numbers[-1] for run, _ in found if (numbers := jobs_of(LaunchFolder(run)))}
+    queue = queued_jobs(_PATIENCE_SECONDS) if jobs else None
+    states = {} if queue is None else {run: queue.get(job, "") for run, job in jobs.items()}
+    views = [_view(run, config, states.get(run), now) for run, config in found]
+    return sorted(views, key=lambda view: (-view.last_activity, view.folder))
 
 
 def _nearest(folder: Path) -> str:
@@ -81,10 +88,13 @@ def _nearest(folder: Path) -> str:
     return "give the folder that holds the run_dir of your commands"
 
 
-def _views(folder: Path, levels: int, now: float) -> Iterator[RunView]:
-    found = _view(folder, now)
-    if found is not None:
-        yield found
+def _runs(folder: Path, levels: int) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+    """Folders of runs, with the configuration of those that wrote theirs."""
+    config: dict[str, Any] | None = None
+    with contextlib.suppress(UserError):
+        config = read_run(folder)
+    if config is not None or LaunchFolder(folder).config.is_file():
+        yield folder, config
         return
     if levels == 0:
         return
@@ -93,16 +103,12 @@ def _views(folder: Path, levels: int, now: float) -> Iterator[RunView]:
     except OSError:  # a folder of somebody else
         return
     for one in inner:
-        yield from _views(one, levels - 1, now)
+        yield from _runs(one, levels - 1)
 
 
-def _view(folder: Path, now: float) -> RunView | None:
+def _view(folder: Path, config: dict[str, Any] | None, job: str | None, now: float) -> RunView:
+    """A run; `job` is the state of its newest job, empty: it is over, None: there was none, or SLURM does not say."""
     metrics, lock, launched = metrics_of(folder), lock_of(folder), LaunchFolder(folder)
-    config: dict[str, Any] | None = None
-    with contextlib.suppress(UserError):
-        config = read_run(folder)
-    if config is None and not launched.config.is_file():
-        return None
     result: dict[str, Any] = {}
     with contextlib.suppress(UserError):
         result = read_result(folder) or {}
@@ -110,12 +116,17 @@ def _view(folder: Path, now: float) -> RunView | None:
     line = _newest(tail, "loss")
     begun = config is not None or written is not None
     state = _state(host, result, launched.exit_code(), lock_left=lock.exists(), begun=begun)
+    if job and is_waiting(job) and state != "finished" and host != socket.gethostname():
+        state = "queued"  # what an earlier life left, and a process on another machine, belong to the past
+    elif state == "queued" and job == "" and host_of_holder(launched.lock) is None:
+        state = "lost"
     total = _total_steps(config)
+    steps = (_whole(tail[-1], "step") if tail else None, _whole(result, "steps"))
     return RunView(
         folder=folder,
         state=state,
-        host=host,
-        step=_whole(tail[-1] if tail else {"step": result.get("steps")}, "step"),
+        host=host if state == "running" else None,
+        step=max((step for step in steps if step is not None), default=None),  # the end was saved, but maybe not logged
         total_steps=total,
         images_per_s=_number(line, "images_per_s"),
         loss=_number(line, "loss"),

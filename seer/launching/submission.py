@@ -6,6 +6,7 @@ One task of srun is one rank; no agent stands between SLURM and the ranks.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shlex
 import shutil
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 2.0
 # A finished job stays visible for minutes; a requeued one is PENDING again under the same number.
+_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING")
 _FINAL = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
     *("REVOKED", "TIMEOUT"),
@@ -58,7 +60,8 @@ def submit(
     executor = _executor(launch, folder, placement)
     with _environment_of_sbatch(executor.parameters):
         try:
-            return executor.submit(run_frozen, str(folder.config)).job_id
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints a refusal before it raises it
+                return executor.submit(run_frozen, str(folder.config)).job_id
         except (FailedJobError, FailedSubmissionError) as error:
             said = [line.removeprefix("sbatch: ") for line in str(error).splitlines() if line.startswith("sbatch: ")]
             raise UserError(
@@ -74,34 +77,76 @@ def refuse_queued(folder: LaunchFolder) -> None:
     Raises:
         UserError: with the number of the job.
     """
-    submitted = {file.name.partition("_")[0] for file in folder.folder.glob("*_submission.sh")}
-    if not submitted or shutil.which("squeue") is None:
-        return
-    done = subprocess.run(["squeue", "-h", "--me", "-o", "%i %T"], capture_output=True, text=True, check=False)
-    for line in done.stdout.splitlines():
-        job, _, state = line.partition(" ")
-        if job in submitted and state.strip() not in _FINAL:
+    submitted = jobs_of(folder)
+    queue = queued_jobs() if submitted else None
+    for job in submitted:
+        if queue and job in queue:
             raise UserError(
-                f"{folder.run_dir} is in use by job {job} ({state.strip()})",
+                f"{folder.run_dir} is in use by job {job} ({queue[job]})",
                 "one job at a time writes into a run",
                 f"wait for it, or end it with: scancel {job}",
             )
 
 
+def jobs_of(folder: LaunchFolder) -> list[str]:
+    """Numbers of the jobs that this user submitted for a run, the newest last."""
+    numbers = []
+    for file in folder.folder.glob("*_submission.sh"):
+        number = file.name.partition("_")[0]
+        with contextlib.suppress(OSError):
+            if number.isdecimal() and file.stat().st_uid == os.getuid():
+                numbers.append(int(number))
+    return [str(number) for number in sorted(numbers)]
+
+
+def queued_jobs(patience_seconds: float | None = None) -> dict[str, str] | None:
+    """The jobs of this user that are not over: number -> state; None where there is no SLURM or it does not answer."""
+    if shutil.which("squeue") is None:
+        return None
+    try:
+        done = subprocess.run(
+            ["squeue", "-h", "--me", "-o", "%i|%T|%r"],
+            capture_output=True,
+            text=True,
+            timeout=patience_seconds,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode:
+        return None
+    states = (line.split("|") for line in done.stdout.splitlines())
+    return {job: state for job, state, *_ in states if state not in _FINAL}
+
+
+def is_waiting(state: str) -> bool:
+    """Whether a job in this state has no process yet, or none any more."""
+    return state in _WAITING
+
+
 def follow(job: str, folder: LaunchFolder) -> int:
     """Shows the log of rank 0 until the job is over, requeued lives included; returns the exit code.
 
-    Ctrl-C leaves the job alone.
+    What the job waits for goes to stderr. Ctrl-C leaves the job alone.
     """
-    tail = Tail(log(folder, job))
+    tail, before = Tail(log(folder, job)), ""
     try:
         polls_after_the_end = 0
         while polls_after_the_end < 2:  # between two lives a job may show for a moment how the first ended
-            polls_after_the_end = 0 if _in_queue(job) else polls_after_the_end + 1
+            state, reason = _state(job)
+            now = f"{state} ({reason})" if reason else state
+            if now != before and (is_waiting(state) or state == "RUNNING"):
+                print(f"seer: job {job} is {now}", file=sys.stderr, flush=True)
+                before = now
+            polls_after_the_end = polls_after_the_end + 1 if state in _FINAL else 0
             tail.copy()
             time.sleep(_POLL_SECONDS)
     except KeyboardInterrupt:
-        print(f"seer: job {job} goes on; save and end it with: {stop_command(job)}", file=sys.stderr)
+        print(
+            f"seer: job {job} goes on; save and end it with: {stop_command(job)} "
+            f"(while it is still queued: scancel {job})",
+            file=sys.stderr,
+        )
         return 130
     tail.copy()
     folder.tell_cause(log(folder, job))
@@ -117,16 +162,20 @@ def log(folder: LaunchFolder, job: str) -> Path:
 
 
 def stop_command(job: str) -> str:
-    """The command that lets a job save and end: to the ranks only, since srun answers SIGTERM by killing them."""
+    """The command that lets a job save and end: to the ranks only, since srun answers SIGTERM by killing them.
+
+    SLURM refuses it for a job that waits.
+    """
     return f"scancel --signal=TERM {job}"
 
 
-def _in_queue(job: str) -> bool:
-    done = subprocess.run(["squeue", "-h", "-o", "%T", "-j", job], capture_output=True, text=True, check=False)
+def _state(job: str) -> tuple[str, str]:
+    """State and why it waits, each empty where SLURM does not say; a job that SLURM does not know is COMPLETED."""
+    done = subprocess.run(["squeue", "-h", "-o", "%T|%r", "-j", job], capture_output=True, text=True, check=False)
     if done.returncode:  # a controller that does not answer at the moment is no end of the job
-        return "Invalid job id" not in done.stderr
-    state = done.stdout.strip()
-    return bool(state) and state not in _FINAL
+        return ("COMPLETED", "") if "Invalid job id" in done.stderr else ("", "")
+    state, _, reason = done.stdout.strip().partition("|")
+    return state or "COMPLETED", "" if reason == "None" else reason
 
 
 def _executor(launch: LaunchConfig, folder: LaunchFolder, placement: Placement) -> SlurmExecutor:

@@ -77,6 +77,10 @@ def there() -> list[str]:
             ["run_dir=r", "launch=slurm", "launch.nodes=3", "train.global_batch_size=8"],
             "does not divide by 12 processes",
         ),
+        (
+            ["run_dir=r", "launch=slurm", "launch.gpus_per_node=8", "launch.cpus_per_gpu=99"],
+            "launch.cpus_per_gpu=99 with 1 node x 8 GPUs: the largest node of partition gpu that would do has 64 cores",
+        ),
         (["run_dir=a%j", "launch=slurm"], "SLURM reads % in a path as a pattern"),
         (["run_dir=r", "launch=slurm", "launch.time_limit_minutes=2"], "launch.stop_before_end_seconds=120 with"),
         (["run_dir=r", "launch=slurm", "launch.extra_sbatch=--exclusive"], "without dashes in front"),
@@ -145,7 +149,8 @@ def test_a_job(programs: Programs, shards: str, capsys: pytest.CaptureFixture[st
         f"run_dir  {run_dir}",
         f"follow   tail -F '{run_dir}/launch/17_0_log.out'",
         f"runs     seer runs {run_dir.parent}",
-        "stop     scancel --signal=TERM 17   (saves first; the same seer launch goes on)",
+        "stop     scancel --signal=TERM 17   (saves first; the same seer launch goes on; while it is still queued: "
+        "scancel 17)",
     ]
     assert (run_dir / "launch" / "17_submission.sh").read_text() == text
     frozen = thaw(yaml.safe_load((run_dir / "launch" / "config.yaml").read_text()))
@@ -157,7 +162,7 @@ def test_a_job_in_the_queue_keeps_others_out(
     programs: Programs, shards: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert launch(shards, "run_dir=r", "launch=slurm", "launch.gpus_per_node=8") == 0
-    programs.add("squeue", "17 PENDING\n")
+    programs.add("squeue", "17|PENDING|Resources\n")
     before = there()
     for where in ("slurm", "local"):
         assert launch(shards, "run_dir=r", f"launch={where}") == 2
@@ -179,12 +184,21 @@ def test_two_processes_train_here(programs: Programs, shards: str, capsys: pytes
     out = capsys.readouterr().out
     run_dir = Path("r").absolute()
     assert out.splitlines()[0].startswith("started  process ") and "(1 node x 2 CPU processes)" in out
-    assert f"kill -TERM $(cat {run_dir}/launch/rank-0.pid)" in out
+    stop = f"stop     kill -TERM $(cat {run_dir}/launch/rank-0.pid)   (saves first; the same seer launch goes on)"
+    assert stop in out.splitlines()
     assert "step 1/1" in out and "finished: 1 steps" in out
     assert json.loads((run_dir / "launch" / "status.json").read_text()) == {"exit_code": 0, "message": None}
     assert (run_dir / "launch" / "rank-1.log").exists()
     assert launch(shards, "run_dir=r", "launch.gpus_per_node=1", "seed=3") == 2
     assert "seed: 0 -> 3" in capsys.readouterr().err
+    # It is finished: nothing is started for it any more, here or in a queue.
+    before = {file: file.stat().st_mtime_ns for file in Path("r").rglob("*")}
+    for words in (["launch=local", "--wait"], ["launch=slurm"], ["launch=slurm", "--dry-run"]):
+        assert launch(shards, "run_dir=r", "launch.gpus_per_node=2", *words) == 0
+        said = f"{run_dir} is finished (1 steps); delete it or name another run_dir to train anew\n"
+        assert capsys.readouterr() == (said, "")
+    assert {file: file.stat().st_mtime_ns for file in Path("r").rglob("*")} == before
+    assert programs.calls("sbatch") == []
 
 
 def test_help_lists_the_keys_of_launch(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,12 +27,14 @@ def place(*words: str) -> Placement:
 def test_partitions(programs: Programs) -> None:
     found = cluster.partitions()
     assert {name: its.nodes for name, its in found.items()} == {
-        "gpu": Counter({8: 2, 4: 1}),
-        "cpu": Counter({0: 10}),
-        "short": Counter({1: 1}),
+        "gpu": Counter({(8, 64): 2, (4, 96): 1}),
+        "cpu": Counter({(0, 16): 9, (0, 32): 1}),
+        "short": Counter({(1, 8): 1}),
     }
     assert [name for name, its in found.items() if its.is_default] == ["gpu"]
     assert [its.minutes for its in found.values()] == [2880, None, 30]
+    # Numbers as they are, and no line for nodes that differ: sinfo writes 1K and 64+ otherwise.
+    assert programs.calls("sinfo") == [["-h", "--exact", "--noconvert", "-o", "%P|%D|%G|%l|%c"]]
 
 
 @pytest.mark.parametrize(
@@ -48,8 +50,8 @@ def test_partitions(programs: Programs) -> None:
     ],
 )
 def test_gpus_of_a_node(programs: Programs, resources: str, gpus: int) -> None:
-    programs.add("sinfo", f"p*|1|{resources}|1:30:00\n")
-    assert cluster.partitions()["p"].nodes == Counter({gpus: 1})
+    programs.add("sinfo", f"p*|1|{resources}|1:30:00|2\n")
+    assert cluster.partitions()["p"].nodes == Counter({(gpus, 2): 1})
     assert cluster.partitions()["p"].minutes == 90
 
 
@@ -62,6 +64,13 @@ def test_gpus_of_a_node(programs: Programs, resources: str, gpus: int) -> None:
         (["launch.partition=cpu", "train.device=cpu", "launch.nodes=10"], Placement(10, 2, gpus=False)),
         (["train.device=cpu", "launch.gpus_per_node=16"], Placement(1, 16, gpus=False)),
         (["parallel.strategy=single"], Placement(1, 1, gpus=True)),
+        (["launch.nodes=2", "launch.cpus_per_gpu=8"], Placement(2, 8, gpus=True)),
+        (["launch.nodes=3", "launch.cpus_per_gpu=16"], Placement(3, 4, gpus=True)),
+        (["launch.gpus_per_node=4", "launch.cpus_per_gpu=24"], Placement(1, 4, gpus=True)),
+        (
+            ["launch.partition=cpu", "train.device=cpu", "launch.gpus_per_node=16", "launch.cpus_per_gpu=2"],
+            Placement(1, 16, gpus=False),
+        ),
         (
             ["launch.partition=gpu,short", "launch.gpus_per_node=1", "launch.time_limit_minutes=30"],
             Placement(1, 1, True),
@@ -96,6 +105,30 @@ def test_a_cluster_that_shows_no_gpu_runs_cpu_processes(programs: Programs) -> N
             "launch.nodes=3: partition gpu has 2 nodes with 5 GPUs; use .*=2",
         ),
         (["launch.nodes=11", "launch.partition=cpu", "train.device=cpu"], "partition cpu has 10 nodes; use"),
+        (
+            ["launch.cpus_per_gpu=9"],
+            "launch.cpus_per_gpu=9 with 1 node x 8 GPUs: .* partition gpu that would do has 64 cores; use .*=8 or less",
+        ),
+        (
+            ["launch.nodes=2", "launch.gpus_per_node=4", "launch.cpus_per_gpu=24"],
+            "launch.nodes=2: partition gpu has 1 node with 4 GPUs and 96 cores; use launch.nodes=1 or less",
+        ),
+        (
+            ["launch.partition=cpu", "train.device=cpu", "launch.gpus_per_node=33"],
+            "gpus_per_node=33: each process computes on a core of its own, and .* cpu has 32 cores; use .*=32 or less",
+        ),
+        (
+            ["launch.partition=cpu", "train.device=cpu", "launch.gpus_per_node=33", "launch.cpus_per_gpu=4"],
+            "gpus_per_node=33: each process computes on 4 cores of its own, .* has 32 cores; use .*=8 or less",
+        ),
+        (
+            ["launch.partition=cpu", "train.device=cpu", "launch.cpus_per_gpu=99"],
+            "launch.cpus_per_gpu=99 with 1 node x 2 CPU processes: the largest node .* has 32 cores; use .*=16 or less",
+        ),
+        (
+            ["launch.partition=cpu", "train.device=cpu", "launch.gpus_per_node=32", "launch.nodes=2"],
+            "launch.nodes=2: partition cpu has 1 node with 32 cores; use launch.nodes=1",
+        ),
         (["launch.time_limit_minutes=2881"], "time_limit_minutes=2881: .* at most 2880 minutes"),
         (["launch.partition=short"], "partition short runs jobs of at most 30 minutes; use .*=30"),
     ],
@@ -112,7 +145,7 @@ def test_the_partition_of_the_environment_counts(programs: Programs, monkeypatch
 
 
 def test_no_default_partition(programs: Programs) -> None:
-    programs.add("sinfo", "a|1|(null)|infinite\nb|1|(null)|infinite\n")
+    programs.add("sinfo", "a|1|(null)|infinite|2\nb|1|(null)|infinite|2\n")
     with pytest.raises(UserError, match=r"launch.partition is not given: .* choose one of: a, b"):
         place()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slurm_stubs import Programs, configured
 
 from seer.errors import UserError
 from seer.launching.folder import LaunchFolder
@@ -38,10 +39,11 @@ def only(folder: Path) -> RunView:
     return one
 
 
-def held_by_a_dead_process(folder: Path) -> None:
+def held_by_a_dead_process(folder: Path) -> Path:
     code = "import sys; from pathlib import Path; from seer.run_lock import RunLock; RunLock.take(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, lock_of(folder)], check=True, timeout=60)
     assert lock_of(folder).exists()
+    return folder
 
 
 def test_finished(tmp_path: Path) -> None:
@@ -109,6 +111,88 @@ def test_failed_said_so(tmp_path: Path) -> None:
     assert only(tmp_path).state == "failed"
     launched(tmp_path / "b" / "c", exit_code=75)
     assert [one.state for one in runs_below(tmp_path / "b")] == ["queued"]
+
+
+@pytest.fixture
+def programs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    return Programs(tmp_path_factory.mktemp("programs") / "bin", monkeypatch)
+
+
+def submitted(folder: Path, *jobs: int, exit_code: int | None = None) -> Path:
+    launched(folder, exit_code)
+    for job in jobs:
+        (LaunchFolder(folder).folder / f"{job}_submission.sh").touch()
+    return folder
+
+
+@pytest.mark.parametrize("waits", ["PENDING|Resources", "REQUEUED|None", "CONFIGURING|None", "PENDING|a|b"])
+def test_queued_while_the_newest_job_waits(tmp_path: Path, programs: Programs, waits: str) -> None:
+    """Whatever its earlier lives left, and with one question for all runs."""
+    programs.add("squeue", f"9|{waits}\n100|{waits}\n")
+    submitted(made(tmp_path / "again", 10, result={"state": "stopped", "steps": 14}), 9, 100)
+    submitted(tmp_path / "new", 100)
+    submitted(held_by_a_dead_process(made(tmp_path / "died", 10)), 100)
+    submitted(made(tmp_path / "failed", 10), 100, exit_code=1)
+    submitted(made(tmp_path / "finished", 100, result={"state": "finished", "steps": 100}), 100)
+    submitted(made(tmp_path / "older", 10, result={"state": "stopped", "steps": 14}), 9, 101)
+    elsewhere = submitted(made(tmp_path / "elsewhere", 10), 100)
+    with RunDirectory.open(elsewhere, CONFIG):
+        content = json.loads(lock_of(elsewhere).read_bytes())
+        lock_of(elsewhere).write_text(json.dumps(content | {"host": "n17"}))
+        with RunDirectory.open(submitted(tmp_path / "here", 100), CONFIG):
+            found = {one.folder.name: one for one in runs_below(tmp_path)}
+    queued = dict.fromkeys(("again", "new", "died", "failed", "elsewhere"), "queued")
+    rest = {"finished": "finished", "older": "stopped", "here": "running"}
+    assert {name: one.state for name, one in found.items()} == queued | rest
+    assert found["elsewhere"].host is None and found["again"].step == 14
+    assert programs.calls("squeue") == [["-h", "--me", "-o", "%i|%T|%r"]]
+
+
+def test_lost_when_its_job_left_the_queue_before_it_wrote_anything(tmp_path: Path, programs: Programs) -> None:
+    submitted(tmp_path / "a", 17)
+    launched(tmp_path / "by hand")
+
+    def states() -> list[str]:
+        return [one.state for one in sorted(runs_below(tmp_path), key=lambda one: one.folder)]
+
+    assert states() == ["queued", "queued"], "nobody can be asked"
+    programs.add("squeue", "17|RUNNING|None\n")
+    assert states() == ["queued", "queued"], "it imports"
+    programs.add("squeue", complains="slurm_load_jobs error: Unable to contact slurm controller", code=1)
+    assert states() == ["queued", "queued"]
+    for over in ("", "9|PENDING|None\n", "17|CANCELLED|None\n"):
+        programs.add("squeue", over)
+        assert states() == ["lost", "queued"]
+    with LaunchFolder(tmp_path / "a").frozen(configured()):
+        assert states() == ["queued", "queued"], "it is launched again at the moment"
+
+
+def test_slurm_is_not_waited_for(tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seer.launching.follow._PATIENCE_SECONDS", 0.01)
+    programs.add("squeue", first="while :; do :; done")
+    submitted(tmp_path / "a", 17)
+    assert only(tmp_path).state == "queued"
+
+
+def test_without_jobs_nobody_is_asked(tmp_path: Path, programs: Programs) -> None:
+    programs.add("squeue")
+    launched(tmp_path / "a")
+    assert only(tmp_path).state == "queued" and programs.calls("squeue") == []
+
+
+def test_jobs_of_others_are_unknown(tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """squeue --me does not show them, which says nothing of them."""
+    programs.add("squeue")
+    submitted(tmp_path / "a", 17)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert only(tmp_path).state == "queued"
+
+
+def test_the_step_that_was_saved_may_not_have_been_logged(tmp_path: Path) -> None:
+    made(tmp_path / "a", 10, result={"state": "stopped", "steps": 14})
+    assert only(tmp_path).step == 14
+    made(tmp_path / "a", 20)  # another life, which did not tell how it ended
+    assert only(tmp_path).step == 20
 
 
 def test_scores_of_an_earlier_line_stay(tmp_path: Path) -> None:

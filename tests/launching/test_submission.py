@@ -107,7 +107,7 @@ def test_what_the_shell_left_over_does_not_reach_the_job(
     assert os.environ["RANK"] == "left over"
 
 
-def test_a_refusal_is_one_line(programs: Programs, folder: LaunchFolder) -> None:
+def test_a_refusal_is_one_line(programs: Programs, folder: LaunchFolder, capfd: pytest.CaptureFixture[str]) -> None:
     said = "sbatch: error: Batch job submission failed:\nsbatch: error: Invalid account or account/partition\n"
     programs.add("sbatch", complains=said, code=1)
     with (
@@ -116,15 +116,16 @@ def test_a_refusal_is_one_line(programs: Programs, folder: LaunchFolder) -> None
     ):
         submission.submit(EVERYTHING, folder, EIGHT, run_frozen)
     assert not folder.run_dir.exists()
+    assert capfd.readouterr() == ("", ""), "the line is all that is said"
 
 
 @pytest.mark.parametrize(
     ("queue", "refused"),
     [
-        ("17 PENDING\n", True),
-        ("9 RUNNING\n17 RUNNING\n", True),
-        ("17 COMPLETED\n", False),
-        ("9 RUNNING\n117 RUNNING\n", False),
+        ("17|PENDING|Resources\n", True),
+        ("9|RUNNING|None\n17|RUNNING|None\n", True),
+        ("17|COMPLETED|None\n", False),
+        ("9|RUNNING|None\n117|RUNNING|None\n", False),
         ("", False),
     ],
 )
@@ -157,17 +158,28 @@ def test_a_job_is_followed_through_its_lives(
     first = f"""
         n=0; while read -r line; do n=$((n + 1)); done <'{calls}'
         case $n in
-        1 | 4) echo PENDING; exit 0 ;;
-        2) echo RUNNING; echo life 1 >>'{log}'; echo '{{"exit_code": 75}}' >'{status}'; exit 0 ;;
-        3) echo NODE_FAIL; exit 0 ;;
-        5 | 6) echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1 ;;
-        7) echo RUNNING; echo life 2 >>'{log}'; echo '{{"exit_code": 0}}' >'{status}'; exit 0 ;;
-        *) {end.get(gone, f"echo {gone}; exit 0")} ;;
+        1) echo 'PENDING|None'; exit 0 ;;
+        2 | 3) echo 'PENDING|Resources'; exit 0 ;;
+        4) echo 'RUNNING|None'; echo life 1 >>'{log}'; echo '{{"exit_code": 75}}' >'{status}'; exit 0 ;;
+        5) echo 'NODE_FAIL|None'; exit 0 ;;
+        6) echo 'PENDING|BeginTime'; exit 0 ;;
+        7 | 8) echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1 ;;
+        9 | 10) echo 'RUNNING|None'; exit 0 ;;
+        11) echo 'COMPLETING|None'; echo life 2 >>'{log}'; echo '{{"exit_code": 0}}' >'{status}'; exit 0 ;;
+        *) {end.get(gone, f"echo '{gone}|None'; exit 0")} ;;
         esac"""
     programs.add("squeue", first=first)
     assert submission.follow("17", folder) == 0
-    assert capsys.readouterr().out == "life 1\nlife 2\n"
-    assert programs.calls("squeue") == [["-h", "-o", "%T", "-j", "17"]] * 9
+    out, error = capsys.readouterr()
+    assert out == "life 1\nlife 2\n"
+    assert error.splitlines() == [
+        "seer: job 17 is PENDING",
+        "seer: job 17 is PENDING (Resources)",
+        "seer: job 17 is RUNNING",
+        "seer: job 17 is PENDING (BeginTime)",
+        "seer: job 17 is RUNNING",
+    ]
+    assert programs.calls("squeue") == [["-h", "-o", "%T|%r", "-j", "17"]] * 13
 
 
 def test_a_job_that_ends_without_a_word_is_exit_code_1(
@@ -180,7 +192,7 @@ def test_a_job_that_ends_without_a_word_is_exit_code_1(
 def test_ctrl_c_leaves_the_job_alone(
     programs: Programs, folder: LaunchFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    programs.add("squeue", "RUNNING\n")
+    programs.add("squeue", "RUNNING|None\n")
     programs.add("scancel")
 
     def interrupt(seconds: float) -> None:
@@ -188,5 +200,8 @@ def test_ctrl_c_leaves_the_job_alone(
 
     monkeypatch.setattr(submission.time, "sleep", interrupt)
     assert submission.follow("17", folder) == 130
-    assert "job 17 goes on; save and end it with: scancel --signal=TERM 17" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        "job 17 goes on; save and end it with: scancel --signal=TERM 17 (while it is still queued: scancel 17)" in said
+    )
     assert programs.calls("scancel") == []
