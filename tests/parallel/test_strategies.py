@@ -80,8 +80,8 @@ def test_float64_training_is_that_of_one_process(
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_float32_begins_with_the_same_loss(strategy: str, folder: str, shards: str) -> None:
-    # Sinkhorn divides scores by epsilon, and their rounding with it: at the demo's 0.02, float32 on one process is itself
-    # 1e-6 to 3e-6 away from float64, and so are strategies from each other.
+    # Sinkhorn divides scores by epsilon, and their rounding with it: at the demo's 0.02 one process in float32 is 1e-6
+    # to 3e-6 away from float64, and so are strategies from each other.
     settings = (*EVERYTHING, "objective.epsilon=0.1", "train.global_batch_size=48", "objective.queue_images=48")
     (wanted,) = losses_and_weights(folder, shards, "single", settings, 1, None)["losses"]
     (found,) = ranks(2).run(losses_and_weights, folder, shards, strategy, settings, 1, None)[1]["losses"]
