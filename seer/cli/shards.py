@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import sys
@@ -11,8 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from seer.cli.arguments import Arguments, path, positive
+from seer.cli.amounts import many, said
+from seer.cli.arguments import Arguments, path, png, positive
 from seer.errors import UserError, closest
+from seer.files import cannot_write
 from seer.shards.processes import Progress, cores
 
 HELP = """\
@@ -20,10 +23,12 @@ Examples:
   seer shards pack PHOTOS --out SHARDS                       # a folder tree to tars, without labels
   seer shards pack LABELLED --out SHARDS --labels folders    # LABELLED/cat/..., LABELLED/dog/...: folder is class
   seer shards index 'THEIRS/*.tar'                           # WebDataset tars made by others: only an index is added
+  seer shards stats 'SHARDS/*.tar' --sheet sheet.png         # what is in them, in figures and as a picture
   seer shards verify 'SHARDS/*.tar'                          # reads every byte and names what is damaged
 
 Makes shards (tars with an index) out of images and looks after them. More: seer shards pack --help
 """
+_ON_SHEET = 60
 
 _PACK = """\
 Examples:
@@ -31,9 +36,11 @@ Examples:
   seer shards pack PHOTOS --out SHARDS --size 1GB --workers 16
   seer shards pack LABELLED/train --out SHARDS/train --labels folders
   seer shards pack LABELLED/val --out SHARDS/val --labels folders --classes SHARDS/train
+  seer shards pack 'LAION/*.tar' MORE.zip list.csv --out SHARDS     # tars (of img2dataset too), zips, lists of paths
+  seer shards pack PHOTOS --out SHARDS --drop-duplicates --min-side 64 --longest-side 1024
 
-Packs every image below PHOTOS into WebDataset tars, byte for byte, in a keyed random order, with an index a tar and a
-manifest.json. The same command again does nothing; after an interruption it goes on where it was.
+Packs every image into WebDataset tars, byte for byte, in a keyed random order, with an index a tar and a manifest.json.
+The same command again does nothing; after an interruption it goes on where it was.
 """
 
 _INDEX = """\
@@ -55,6 +62,17 @@ Reads every tar whole and compares it with its index; prints a line for each tar
 exits with 2 if there is any.
 """
 
+_STATS = """\
+Examples:
+  seer shards stats 'SHARDS/*.tar'
+  seer shards stats 'SHARDS/*.tar' --sheet sheet.png            # with a picture of 60 random images
+  seer shards stats 'SHARDS/*.tar' --sheet more.png --seed 1    # of 60 others
+  seer shards stats 'SHARDS/*.tar' --max all --json             # decodes every image; one JSON object
+
+Says what is in the shards: counts and labels of all images, from the indexes; sizes, formats and what cannot be
+decoded, from a sample of 2,000 images evenly spread over all. It changes nothing.
+"""
+
 
 def _arguments(verb: str, examples: str) -> Arguments:
     arguments = Arguments(f"seer shards {verb}", examples)
@@ -68,18 +86,6 @@ def _bytes(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write for example 256MB or 1GB")
     return size
-
-
-def _said(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB" if size < 999.5 else f"{size:.0f} TB"
-
-
-def _many(count: int, word: str) -> str:
-    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
 @contextmanager
@@ -101,17 +107,18 @@ def _progress(doing: str) -> Iterator[Progress]:
         nonlocal last
         if time.monotonic() - last > 10:
             last = time.monotonic()
-            print(f"{doing}: {_said(done)} of {_said(total)}", file=sys.stderr, flush=True)
+            print(f"{doing}: {said(done)} of {said(total)}", file=sys.stderr, flush=True)
 
     yield line
 
 
 def _pack(argv: Sequence[str]) -> int:
     arguments = _arguments("pack", _PACK)
-    arguments.add_argument("folder", metavar="PHOTOS", type=path, help="images in any depth")
+    what = "folders, tars, patterns of tars in quotes, zips, lists (.csv, .parquet)"
+    arguments.add_argument("inputs", metavar="PHOTOS", type=path, nargs="+", help=what)
     arguments.add_argument("--out", metavar="SHARDS", type=path, required=True, help="a new folder for the tars")
-    labels = "none, or folders: the first folder level is the class"
-    arguments.add_argument("--labels", choices=("none", "folders"), default="none", help=labels)
+    labels = "own: those that tars and lists carry (default); folders: the first folder level is the class; none"
+    arguments.add_argument("--labels", choices=("own", "none", "folders"), default="own", help=labels)
     arguments.add_argument(
         "--classes", metavar="SHARDS", type=path, help="number classes as this folder of shards does"
     )
@@ -119,30 +126,49 @@ def _pack(argv: Sequence[str]) -> int:
     sizes.add_argument("--size", metavar="BYTES", type=_bytes, default=256_000_000, help="of a tar, about (256MB)")
     sizes.add_argument("--samples", metavar="N", type=positive, help="images of a tar, instead of --size")
     arguments.add_argument("--seed", type=int, default=0, help="another seed, another order (0)")
+    arguments.add_argument("--drop-duplicates", action="store_true", help="of equal files keep the first by path")
+    near = "of images that look the same keep the one with the most pixels (needs seer[dedup])"
+    arguments.add_argument("--drop-near-duplicates", action="store_true", help=near)
+    arguments.add_argument("--min-side", metavar="N", type=positive, help="drop images whose shorter side is below N")
+    longest = "shrink larger images to a longer side of N pixels, as JPEG of quality 92"
+    arguments.add_argument("--longest-side", metavar="N", type=positive, help=longest)
     arguments.add_argument("--overwrite", action="store_true", help="replace a former pack of other images or options")
     chosen = arguments.parse(argv)
 
+    from seer.data.decode import open_image
     from seer.shards import manifest
+    from seer.shards.curation import QUALITY, REPORT, Curation
     from seer.shards.pack import pack
 
     start = time.monotonic()
+    curate = Curation(
+        open_image, chosen.drop_duplicates, chosen.drop_near_duplicates, chosen.min_side, chosen.longest_side
+    )
     with _progress("packing") as progress:
         packed = pack(
-            chosen.folder,
+            chosen.inputs,
             chosen.out,
             labels=chosen.labels,
             shard_bytes=chosen.size,
             samples_per_shard=chosen.samples,
             classes=manifest.class_names(chosen.classes) if chosen.classes else None,
             seed=chosen.seed,
+            curate=curate,
             workers=chosen.workers,
             overwrite=chosen.overwrite,
             progress=progress,
         )
     if packed.left_out:
         print("left out: " + ", ".join(f"{reason} ({count})" for reason, count in packed.left_out.items()))
-    labels = f"{len(packed.classes):,} classes" if packed.classes else "no labels"
-    what = f"{_many(packed.samples, 'image')} in {_many(packed.shards, 'shard')}, {_said(packed.bytes)}, {labels}"
+    if packed.dropped:
+        told = ", ".join(f"{reason} ({count})" for reason, count in packed.dropped.items())
+        print(f"dropped: {told}; each with its reason in {packed.out / REPORT}")
+    if chosen.longest_side:
+        print(f"shrunk: images with a side over {chosen.longest_side} pixels, to JPEG of quality {QUALITY}")
+    labelled = f"{packed.labelled:,} labelled, " if packed.labelled not in (0, packed.samples) else ""
+    numbers = "labels by number" if packed.labelled else "no labels"
+    labels = labelled + (many(len(packed.classes), "class") if packed.classes else numbers)
+    what = f"{many(packed.samples, 'image')} in {many(packed.shards, 'shard')}, {said(packed.bytes)}, {labels}"
     took = "already there, nothing to do" if packed.already_there else f"{time.monotonic() - start:.1f} s"
     print(f"{packed.out}: {what} ({took})")
     _say_next(packed.out)
@@ -171,7 +197,7 @@ def _index(argv: Sequence[str]) -> int:
     samples = sum(len(shard) for shard in indexed.shards)
     labelled = sum(int((shard.labels >= 0).sum()) for shard in indexed.shards)
     before = f"{indexed.already_there} had their index before; " if indexed.already_there else ""
-    what = f"{_many(samples, 'image')} in {_many(len(indexed.shards), 'shard')}, {labelled:,} with a label"
+    what = f"{many(samples, 'image')} in {many(len(indexed.shards), 'shard')}, {labelled:,} with a label"
     print(f"{what} ({before}{time.monotonic() - start:.1f} s)")
     _say_next(indexed.shards[0].path.parent, chosen.index_dir)
     return 0
@@ -192,13 +218,55 @@ def _verify(argv: Sequence[str]) -> int:
         print(finding.problem, file=sys.stderr)
     took = f"{time.monotonic() - start:.1f} s"
     if findings:
-        print(f"{len(findings)} findings in {_many(tars, 'shard')} ({took})", file=sys.stderr)
+        print(f"{len(findings)} findings in {many(tars, 'shard')} ({took})", file=sys.stderr)
         return 2
-    print(f"{_many(tars, 'shard')}: every byte is as it was indexed ({took})")
+    print(f"{many(tars, 'shard')}: every byte is as it was indexed ({took})")
     return 0
 
 
-_VERBS: dict[str, Callable[[Sequence[str]], int]] = {"pack": _pack, "index": _index, "verify": _verify}
+def _sample(text: str) -> int | None:
+    return None if text == "all" else positive(text)
+
+
+def _stats(argv: Sequence[str]) -> int:
+    arguments = _arguments("stats", _STATS)
+    arguments.add_argument("patterns", metavar="TARS", nargs="+", help="paths or quoted patterns")
+    arguments.add_argument("--index-dir", type=path, help="where the indexes are (default: beside the tars)")
+    arguments.add_argument("--max", metavar="N", type=_sample, default=2000, help="images to decode, or all (2000)")
+    arguments.add_argument("--sheet", metavar="PNG", type=png, help="also draw random images into this file")
+    arguments.add_argument("--seed", type=int, default=0, help="another seed, other images on the sheet (0)")
+    arguments.add_argument("--json", action="store_true", help="print one JSON object")
+    chosen = arguments.parse(argv)
+
+    from seer.cli.shards_stats import described
+    from seer.data.decode import open_image
+    from seer.shards.stats import Shards, stats
+
+    shards = Shards(chosen.patterns, chosen.index_dir)
+    with _progress("reading") as progress:
+        found = stats(shards, open_image, max_images=chosen.max, workers=chosen.workers, progress=progress)
+    summary = f"{many(found.images, 'image')} in {many(found.shards, 'shard')}, {said(found.tar_bytes)}"
+    if chosen.sheet:
+        from seer.shards.sheet import contact_sheet
+
+        picked = shards.pick(_ON_SHEET, chosen.seed)
+        title = f"{len(picked)} of {summary}"
+        try:
+            contact_sheet(picked, open_image, title, f"{' '.join(chosen.patterns)}  seed {chosen.seed}").save(
+                chosen.sheet
+            )
+        except OSError as error:
+            raise cannot_write(chosen.sheet, error) from None
+    if chosen.json:
+        print(json.dumps(found.as_json()))
+        return 0
+    print("\n".join([summary, *described(found)]))
+    if chosen.sheet:
+        print(f"{chosen.sheet}: {many(len(picked), 'random image')}")
+    return 0
+
+
+_VERBS: dict[str, Callable[[Sequence[str]], int]] = {"pack": _pack, "index": _index, "stats": _stats, "verify": _verify}
 
 
 def run(argv: list[str]) -> int:

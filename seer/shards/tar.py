@@ -20,6 +20,8 @@ _ZEROS = bytes(BLOCK)
 _MAX_EXTENDED = 1 << 20  # bytes of a long name or of pax records; anything longer is nonsense
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _REGULAR = (b"0", b"\0", b"7")
+# Mode, owner, group, time, device: of no interest, but where one is no number tarfile (so webdataset) ends its list.
+_OTHER_NUMBERS = ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345))
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: their size field counts nothing
 
 
@@ -71,6 +73,9 @@ def _number(field: bytes) -> int:
 
 
 def _check(header: bytes) -> None:
+    for start, end in _OTHER_NUMBERS:
+        if header[start] != 0xFF:  # a negative one, such as a time before 1970
+            _number(header[start:end])
     stored = _number(header[148:156])
     if sum(header) - sum(header[148:156]) + 8 * 32 == stored:
         return
@@ -101,14 +106,24 @@ class _Extended:
         self._lasting: dict[str, str] = {}
         self._records: dict[str, str] = {}
         self._long_name = ""
+        self.pending = False  # whether something was said of a member that is still to come
 
-    def take(self, kind: bytes, content: bytes) -> None:
+    def take(self, kind: bytes, content: bytes, padding: bytes) -> None:
+        self.pending |= kind != b"g"
+        # Readers differ in which of two names they take, and in where a name ends that does not end in its own bytes.
         if kind == b"L":
+            if self._long_name or "path" in self._records or _text(content) != _text(content + padding):
+                raise _Impossible("a name that can be read in two ways")
             self._long_name = _text(content)
+            if not self._long_name:
+                raise _Impossible("a name of no characters")
         elif kind == b"g":
             self._lasting |= _pax_records(content)
         elif kind != b"K":  # the long target of a link is of no interest
-            self._records = _pax_records(content)
+            records = _pax_records(content)
+            if self._records or (self._long_name and "path" in records):
+                raise _Impossible("a name that can be read in two ways")
+            self._records = records
 
     def apply(self, header: bytes) -> tuple[str, int, bool]:
         """Name, size and whether the member is sparse; forgets what held for this member alone."""
@@ -121,9 +136,22 @@ class _Extended:
             name = _text(header[:100])
             if header[257:263] == b"ustar\0" and header[345]:
                 name = f"{_text(header[345:500])}/{name}"
-        sparse = header[156:157] == b"S" or any(word.startswith("GNU.sparse.") for word in known)
-        self._records, self._long_name = {}, ""
+            elif header[345]:  # no prefix (GNU's incremental archives keep a time there), but tarfile takes it for one
+                raise _Impossible("a name that can be read in two ways")
+        sparse = header[156:157] == b"S" or _is_sparse(known)
+        self._records, self._long_name, self.pending = {}, "", False
         return name, int(size) if size else _number(header[124:136]), sparse
+
+
+def _is_sparse(known: dict[str, str]) -> bool:
+    """Whether pax records describe a sparse file: forms 0.0, 0.1 and 1.0 of GNU tar."""
+    if "GNU.sparse.map" in known or "GNU.sparse.size" in known:
+        return True
+    if (known.get("GNU.sparse.major"), known.get("GNU.sparse.minor")) == ("1", "0"):
+        return True
+    if any(word.startswith("GNU.sparse.") for word in known):
+        raise _Impossible("a sparse file of an unknown form")
+    return False
 
 
 def _read(file: int, size: int, offset: int, what: str) -> bytes:
@@ -134,12 +162,16 @@ def _read(file: int, size: int, offset: int, what: str) -> bytes:
 
 
 def _end_of_sparse_map(file: int, header: bytes, data: int) -> int:
-    """In GNU's old sparse form the map goes on in further blocks before the data."""
-    more = header[482]
-    while more:
-        more = _read(file, BLOCK, data, "inside a sparse map")[504]
+    """In GNU's old sparse form the map of 12-byte numbers goes on in further blocks before the data."""
+    numbers, more = header[386:482] + header[483:495], header[482]
+    while True:
+        for at in range(0, len(numbers), 12):
+            _number(numbers[at : at + 12])
+        if not more:
+            return data
+        block = _read(file, BLOCK, data, "inside a sparse map")
+        numbers, more = block[:504], block[504]
         data += BLOCK
-    return data
 
 
 def _walk(file: int, file_size: int) -> Iterator[Member | int]:
@@ -149,6 +181,8 @@ def _walk(file: int, file_size: int) -> Iterator[Member | int]:
         yield offset
         header = _read(file, BLOCK, offset, "without the zero block that closes a tar")
         if header == _ZEROS:
+            if extended.pending:
+                raise _Impossible("a name or pax records without their member")
             break
         _check(header)
         kind, data = header[156:157], offset + BLOCK
@@ -156,7 +190,8 @@ def _walk(file: int, file_size: int) -> Iterator[Member | int]:
             size = _number(header[124:136])
             if size > _MAX_EXTENDED:
                 raise _Impossible("a name or pax records of over a megabyte")
-            extended.take(kind, _read(file, size, data, "inside a name"))
+            content = _read(file, size, data, "inside a name")
+            extended.take(kind, content, os.pread(file, -size % BLOCK, data + size))
         else:
             name, size, sparse = extended.apply(header)
             if sparse and kind == b"S":

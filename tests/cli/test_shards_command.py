@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from seer.cli.shards import HELP, _bytes, _said, run
+from seer.cli.amounts import said
+from seer.cli.shards import HELP, _bytes, run
 from seer.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +99,7 @@ def test_help_begins_with_examples(verb: str, capsys: pytest.CaptureFixture[str]
 def test_sizes() -> None:
     sizes = {"1": 1, "256MB": 256_000_000, "1.5 gb": 1_500_000_000, "10k": 10_000, "2T": 2 * 10**12}
     assert {text: _bytes(text) for text in sizes} == sizes
-    assert [_said(size) for size in (7, 999, 10_240, 94_279_680, 2.5e9, 57e12)] == [
+    assert [said(size) for size in (7, 999, 10_240, 94_279_680, 2.5e9, 57e12)] == [
         "7 B", "999 B", "10.2 kB", "94.3 MB", "2.5 GB", "57 TB",
     ]  # fmt: skip
 

@@ -67,7 +67,7 @@ def test_every_file_is_there_byte_for_byte_with_its_path(photos: Path, tmp_path:
     assert {json.loads(sample["json"])["path"]: image_of(sample) for sample in found} == FILES
     assert [sample["key"] for sample in found] == [b"%09d" % number for number in range(len(FILES))]
     assert not any("cls" in sample for sample in found)
-    assert packed == Packed(tmp_path / "out", 8, packed.bytes, 1, [], {}, False)
+    assert packed == Packed(tmp_path / "out", 8, packed.bytes, 1, 0, [], {}, {}, False)
 
 
 def test_the_index_leads_to_the_images(photos: Path, tmp_path: Path) -> None:
@@ -224,11 +224,11 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from seer.shards import pack as module
-read = module._bytes
-def slowly(file, size):
+read = module.bytes_of
+def slowly(images, row):
     time.sleep(0.05)
-    return read(file, size)
-module._bytes = slowly
+    return read(images, row)
+module.bytes_of = slowly
 module.pack(Path(sys.argv[1]), Path(sys.argv[2]), samples_per_shard=2, workers=1)
 """
 
@@ -287,14 +287,10 @@ def test_an_output_that_cannot_be_made_is_named(photos: Path, tmp_path: Path) ->
 
 
 def test_an_input_that_changes_is_told(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from seer.shards import pack as module
+    from seer.shards import inputs
 
-    real = module._bytes
-
-    def grown(file: Path, size: int) -> bytes:
-        return real(file, size - 1)
-
-    monkeypatch.setattr(module, "_bytes", grown)
+    real = inputs._file
+    monkeypatch.setattr(inputs, "_file", lambda path: real(path) + b"more")
     with pytest.raises(UserError, match="changed while it was packed"):
         pack(photos, tmp_path / "out", workers=1)
     assert not list((tmp_path / "out").glob("*.tar"))

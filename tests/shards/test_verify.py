@@ -65,6 +65,20 @@ def test_a_cut_tar_is_found(shards: Path) -> None:
             assert f"damaged at byte {boundary}: the file ends without the zero block" in problem
 
 
+def test_a_tar_that_was_cut_between_members_and_closed_again_is_found(shards: Path) -> None:
+    """Such a tar is sound for every program that reads tars: only its index knows better, by size and by digest."""
+    tar = shards / "train-000000.tar"
+    whole, index = tar.read_bytes(), load_index(tar)
+    boundary = list(members(tar))[9].offset - 512
+    tar.write_bytes(whole[:boundary] + bytes(1024))
+    (problem,) = problems(shards)
+    assert f"has {boundary + 1024} bytes, its index says {len(whole)}" in problem
+    tar.write_bytes(whole[:boundary].ljust(len(whole), b"\0"))
+    assert load_index(tar).digest == index.digest  # the size alone does not tell
+    (problem,) = problems(shards)
+    assert "is altered" in problem
+
+
 def test_a_missing_shard_and_a_missing_index_are_found(shards: Path) -> None:
     (shards / "train-000000.tar").unlink()
     index_path(shards / "train-000001.tar").unlink()
