@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from seer.data.crops import MEAN, STD, evaluation_crop
-from seer.data.decode import BadImage, decode
+from seer.data.decode import DEFAULT_LIMITS, BadImage, ImageLimits, decode
 from seer.data.sources import read_sample
 from seer.errors import UserError
-from seer.shard_index import ShardList
+from seer.shard_index import ShardIndex, ShardList
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -85,6 +85,7 @@ def labelled_crops(
     shards: ShardList,
     *,
     image_size: int,
+    limits: ImageLimits = DEFAULT_LIMITS,
     batch_size: int = 256,
     max_images: int | None = None,
     threads: int | None = None,
@@ -99,6 +100,7 @@ def labelled_crops(
     Args:
         shards: with a label for every image that is taken.
         image_size: side of the crops, pixels.
+        limits: which images are refused.
         batch_size: images a batch, those that cannot be decoded included.
         max_images: as ``chosen_samples``, of all ranks together.
         threads: that decode; default: the cores of this process, at most 8.
@@ -119,8 +121,9 @@ def labelled_crops(
         def ask(start: int) -> list[Future[NDArray[np.uint8] | str]]:
             part = slice(start, start + batch_size)
             # Bytes are read here, in order; only decoding is shared out.
-            data = (read_sample(shards.shards[s], i) for s, i in zip(shard_numbers[part], samples[part], strict=True))
-            return [pool.submit(_crop, image, image_size) for image in data]
+            places = zip(shard_numbers[part], samples[part], strict=True)
+            data = (_read(shards.shards[shard], sample, limits) for shard, sample in places)
+            return [pool.submit(_crop, image, image_size, limits) for image in data]
 
         asked = ask(0)
         for start in range(0, -(-images // ranks), batch_size):
@@ -192,6 +195,7 @@ def image_features(
     shards: ShardList,
     *,
     image_size: int,
+    limits: ImageLimits = DEFAULT_LIMITS,
     batch_size: int = 256,
     max_images: int | None = None,
     device: torch.device | str = "cpu",
@@ -200,7 +204,7 @@ def image_features(
 ) -> LabelledFeatures:
     """Features of labelled shards: ``labelled_crops``, then ``features_of``."""
     batches = labelled_crops(
-        shards, image_size=image_size, batch_size=batch_size, max_images=max_images, threads=threads
+        shards, image_size=image_size, limits=limits, batch_size=batch_size, max_images=max_images, threads=threads
     )
     return features_of(forward, batches, device=device, dtype=dtype)
 
@@ -264,10 +268,21 @@ def _cores() -> int:
     return min(8, cores)
 
 
-def _crop(data: bytes, size: int) -> NDArray[np.uint8] | str:
-    """The crop, or why there is none."""
+def _read(shard: ShardIndex, sample: int, limits: ImageLimits) -> bytes | str:
+    """The file, or why it is not read."""
     try:
-        return evaluation_crop(decode(data), size)
+        limits.refuse_bytes(int(shard.sizes[sample]))
+    except BadImage as error:
+        return error.reason
+    return read_sample(shard, sample)
+
+
+def _crop(data: bytes | str, size: int, limits: ImageLimits) -> NDArray[np.uint8] | str:
+    """The crop, or why there is none."""
+    if isinstance(data, str):
+        return data
+    try:
+        return evaluation_crop(decode(data, limits), size)
     except BadImage as error:
         return error.reason
 

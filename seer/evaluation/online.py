@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from seer import distributed
+from seer.data.decode import DEFAULT_LIMITS, ImageLimits
 from seer.errors import UserError
 from seer.evaluation.features import (
     Forward,
@@ -38,6 +39,7 @@ class OnlineEvaluation:
         queries: labelled shards whose classes are predicted.
         every_steps: steps between two evaluations; 0 is none.
         image_size: side of the evaluation crops, pixels.
+        limits: which images are refused.
         k, temperature: of the vote, as in ``evaluation.knn``.
         max_bank_images, max_query_images: at most so many images, spread evenly; None takes all.
         batch_size: images a forward pass, on each rank.
@@ -55,6 +57,7 @@ class OnlineEvaluation:
         *,
         every_steps: int,
         image_size: int,
+        limits: ImageLimits = DEFAULT_LIMITS,
         k: int = 20,
         temperature: float = 0.07,
         max_bank_images: int | None = None,
@@ -67,6 +70,7 @@ class OnlineEvaluation:
             raise UserError(f"evaluation.every_steps={every_steps}", "it counts steps", "use 0 for none, or more")
         self._every_steps = every_steps
         self._image_size = image_size
+        self._limits = limits
         self._k = k
         self._temperature = temperature
         self._batch_size = batch_size
@@ -120,6 +124,7 @@ class OnlineEvaluation:
                 labelled_crops(
                     shards,
                     image_size=self._image_size,
+                    limits=self._limits,
                     batch_size=self._batch_size,
                     max_images=max_images,
                     threads=self._threads,

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 from torch import Tensor
 
+from seer.data.decode import DEFAULT_LIMITS, ImageLimits
 from seer.evaluation.features import (
     Forward,
     LabelledCrops,
@@ -57,6 +58,7 @@ def baselines(
     queries: ShardList,
     *,
     image_size: int,
+    limits: ImageLimits = DEFAULT_LIMITS,
     k: int = 20,
     temperature: float = 0.07,
     max_bank_images: int | None = None,
@@ -72,10 +74,13 @@ def baselines(
         bank, queries: labelled shards.
         others: as in ``evaluation.online.OnlineEvaluation``.
     """
-    bank_crops = _gathered(labelled_crops(bank, image_size=image_size, max_images=max_bank_images, threads=threads))
-    query_crops = _gathered(
-        labelled_crops(queries, image_size=image_size, max_images=max_query_images, threads=threads)
-    )
+
+    def crops(shards: ShardList, max_images: int | None) -> LabelledCrops:
+        return _gathered(
+            labelled_crops(shards, image_size=image_size, limits=limits, max_images=max_images, threads=threads)
+        )
+
+    bank_crops, query_crops = crops(bank, max_bank_images), crops(queries, max_query_images)
 
     def features(forward: Forward, crops: LabelledCrops) -> LabelledFeatures:
         return features_of(forward, _batches(crops), device=device, dtype=dtype)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from seer.data.decode import MAX_SIDE, BadImage, decode, open_image
+from seer.data.decode import DEFAULT_LIMITS, BadImage, ImageLimits, decode, open_image
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:
@@ -170,7 +170,7 @@ def png_header(width: int, height: int) -> bytes:
         (9000, 9000, "too_many_pixels"),  # below Pillow's own warning
         (10000, 10000, "too_many_pixels"),  # Pillow warns and decodes
         (20000, 20000, "too_many_pixels"),  # Pillow refuses
-        (MAX_SIDE + 1, 2000, "side_too_long"),
+        (DEFAULT_LIMITS.max_side + 1, 2000, "side_too_long"),
         (2100, 100, "aspect_ratio"),
         (1, 21, "aspect_ratio"),
         (0, 10, "not_an_image"),
@@ -183,6 +183,58 @@ def test_size_is_limited_before_anything_is_decoded(width: int, height: int, exp
 def test_limits_are_inclusive() -> None:
     assert decode(encoded(Image.new("RGB", (40, 2)), "PNG")).size == (40, 2)
     assert open_image(png_header(8000, 8000)).size == (8000, 8000)
+
+
+@pytest.mark.parametrize(
+    ("limit", "holds", "refused", "expected"),
+    [
+        ("max_pixels", 2400, 2399, "too_many_pixels"),
+        ("max_side", 60, 59, "side_too_long"),
+        ("min_side", 40, 41, "side_too_short"),
+        ("max_aspect_ratio", 1.5, 1.49, "aspect_ratio"),
+        ("max_bytes", len(encoded(photo(), "PNG")), len(encoded(photo(), "PNG")) - 1, "too_many_bytes"),
+    ],
+)
+def test_every_limit_is_the_callers(limit: str, holds: float, refused: float, expected: str) -> None:
+    for image in (photo(), photo().transpose(Image.Transpose.ROTATE_90)):
+        data = encoded(photo() if limit == "max_bytes" else image, "PNG")
+        assert decode(data, ImageLimits(**{limit: holds})).mode == "RGB"  # type: ignore[arg-type]
+        with pytest.raises(BadImage) as caught:
+            open_image(data, ImageLimits(**{limit: refused}))  # type: ignore[arg-type]
+        assert caught.value.reason == expected
+
+
+def test_a_bomb_of_scans_is_refused() -> None:
+    """Each scan of a progressive JPEG passes over the whole picture: 95 bytes cost 40 ms of an 8000 x 8000 one."""
+    data = encoded(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    scans = data.count(b"\xff\xda")
+    assert decode(data[:-2] + last * (100 - scans) + b"\xff\xd9").size == (64, 64)
+    assert reason(data[:-2] + last * (101 - scans) + b"\xff\xd9") == "too_many_scans"
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("big", [False, True])
+def test_a_bomb_of_strips_is_refused(order: str, big: bool) -> None:
+    """Pillow lists them all when it opens a TIFF: 64 MB of them would take 4 GB."""
+    word, count = ("Q", "Q") if big else ("I", "H")
+    for strips, expected in ((64, "good"), (100_001, "too_many_strips")):
+        tags = {256: 64, 257: 64, 258: 8, 259: 1, 262: 1, 273: 0, 277: 1, 278: 1}
+        start = 16 if big else 8
+        end = start + struct.calcsize(f"{order}{count}") + len(tags) * (20 if big else 12) + 8
+        head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}H", 43 if big else 42)
+        head += struct.pack(f"{order}HHQ", 8, 0, start) if big else struct.pack(f"{order}I", start)
+        rows = [
+            (tag, 4, strips, end) if tag == 273 else (tag, 16 if big else 4, 1, value) for tag, value in tags.items()
+        ]
+        directory = struct.pack(f"{order}{count}", len(rows)) + b"".join(
+            struct.pack(f"{order}HH{word}{word}", *row) for row in rows
+        )
+        data = (head + directory).ljust(end, b"\0") + struct.pack(f"{order}{strips}I", *[end] * strips) + bytes(64)
+        if expected != "good":
+            assert reason(data) == expected
+        elif (big, order) != (True, ">"):  # which Pillow does not know
+            assert decode(data).size == (64, 64)
 
 
 def test_a_text_bomb_is_refused() -> None:
