@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seer.data import crops, photometric_parameters
 from seer.data.crops import CropSpec, UInt8s
-from seer.data.decode import BadImage, OpenedImage, open_image
+from seer.data.decode import DEFAULT_LIMITS, BadImage, ImageLimits, OpenedImage, open_image
+from seer.data.mixture import MixedOrder
 from seer.data.order import Int64s, ShardOrder
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.sources import read_sample
@@ -24,6 +26,10 @@ _SHARDS_TRIED = 8
 # Images whose files are held in memory together.
 _ROWS_AT_ONCE = 32
 
+KILLED_WORKER = "killed_worker"  # reason of a sample in quarantine
+
+Float32s = NDArray[np.float32]
+
 
 @dataclass(frozen=True)
 class BadSample:
@@ -32,12 +38,22 @@ class BadSample:
     Attributes:
         shard: path of the tar.
         sample: its place in the shard.
-        reason: one word (see `seer.data.decode.BadImage`).
+        reason: one word (see `seer.data.decode.BadImage`), or `KILLED_WORKER`.
     """
 
     shard: str
     sample: int
     reason: str
+
+
+class _Place(NamedTuple):
+    row: int
+    shard: int
+    sample: int
+
+
+def _to_nobody(row: int, shard: int, sample: int) -> None:
+    pass
 
 
 class BatchAssembler:
@@ -51,111 +67,161 @@ class BatchAssembler:
         specs: resolutions.
         flip_probability: share of mirrored crops.
         photometric: distribution of colour and blur.
+        limits: which images are refused.
+
+    Attributes:
+        quarantine: (shard, sample) of what is replaced without being opened, because processes died of it.
+        announce: is told row, shard and sample of what is worked on next; sample -1: the shard is being read.
     """
 
     def __init__(
         self,
         shards: Sequence[ShardIndex],
-        order: ShardOrder,
+        order: ShardOrder | MixedOrder,
         *,
         seed: int,
         slots: Int64s,
         specs: Sequence[CropSpec],
         flip_probability: float,
         photometric: PhotometricSpec,
+        limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         self._shards, self._order, self._seed, self._slots = shards, order, seed, slots
         self._specs, self._flip_probability, self._photometric = list(specs), flip_probability, photometric
-        self._crops = sum(spec.count for spec in specs)
+        self._limits, self._crops = limits, sum(spec.count for spec in specs)
+        self.quarantine: set[tuple[int, int]] = set()
+        self.announce: Callable[[int, int, int], None] = _to_nobody
 
     @property
-    def shapes(self) -> list[tuple[int, int, int, int]]:
-        """Shape of the crops of each resolution: (count x N, S, S, 3)."""
-        return [(spec.count * len(self._slots), spec.size, spec.size, 3) for spec in self._specs]
+    def images(self) -> int:
+        """Images of a batch of this rank: N."""
+        return len(self._slots)
 
-    def parameters(self, batch_index: int) -> list[NDArray[np.float32]]:
-        """Photometric parameters of each resolution: (count x N, P) float32, rows as those of the crops."""
-        draws = photometric_parameters.DRAWS
-        numbers = uniforms(self._seed, "photometric", batch_index, self._slots, self._crops, draws).swapaxes(0, 1)
-        ends = np.cumsum([spec.count for spec in self._specs])
+    @property
+    def resolutions(self) -> int:
+        """How many sizes of crops there are."""
+        return len(self._specs)
+
+    @property
+    def layout(self) -> list[tuple[tuple[int, ...], type[np.uint8] | type[np.float32]]]:
+        """Shape and type of the arrays of a batch: the crops of each resolution, (count x N, S, S, 3) uint8, then the
+        photometric parameters of each, (count x N, P) float32.
+        """
+        rows = [spec.count * self.images for spec in self._specs]
         return [
-            photometric_parameters.photometric_parameters(
-                numbers[end - spec.count : end].reshape(-1, draws), self._photometric
-            )
-            for spec, end in zip(self._specs, ends, strict=True)
+            *(((count, spec.size, spec.size, 3), np.uint8) for count, spec in zip(rows, self._specs, strict=True)),
+            *(((count, photometric_parameters.COLUMNS), np.float32) for count in rows),
         ]
 
-    def fill(self, batch_index: int, out: Sequence[UInt8s]) -> list[BadSample]:
-        """Writes the crops of a batch.
+    def shard_path(self, shard: int) -> str:
+        """The tar of a shard's number."""
+        return str(self._shards[shard].path)
+
+    def fill(
+        self, batch_index: int, rows: range, crops_out: Sequence[UInt8s], parameters_out: Sequence[Float32s]
+    ) -> list[BadSample]:
+        """Writes some images of a batch; the same bytes however a batch is cut into ranges.
 
         Args:
-            out: one uint8 array a resolution, of `shapes`; rows [v*N, (v+1)*N) belong to crop v.
+            rows: which of the N images.
+            crops_out, parameters_out: one array a resolution, of `layout`; rows [v*N, (v+1)*N) belong to crop v.
 
         Returns:
-            the samples that had to be replaced.
+            the samples that had to be replaced, by rows.
 
         Raises:
             UserError: a shard cannot be read, or too many images in a row cannot be decoded.
         """
-        numbers = uniforms(self._seed, "crops", batch_index, self._slots, self._crops, crops.DRAWS)
-        shard, sample = self._order.positions(batch_index, self._slots)
-        places = list(zip(shard.tolist(), sample.tolist(), strict=True))
+        slots = self._slots[rows.start : rows.stop]
+        self._draw_parameters(batch_index, rows, slots, parameters_out)
+        numbers = uniforms(self._seed, "crops", batch_index, slots, self._crops, crops.DRAWS)
+        shards, samples = self._order.positions(batch_index, slots)
+        places = [_Place(*place) for place in zip(rows, shards.tolist(), samples.tolist(), strict=True)]
         bad: list[BadSample] = []
         for start in range(0, len(places), _ROWS_AT_ONCE):
-            bad += self._fill_rows(start, places[start : start + _ROWS_AT_ONCE], numbers, out)
+            part = slice(start, start + _ROWS_AT_ONCE)
+            bad += self._fill_rows(places[part], numbers[part], crops_out)
         return bad
 
-    def _fill_rows(
-        self, start: int, places: list[tuple[int, int]], numbers: NDArray[np.float64], out: Sequence[UInt8s]
-    ) -> list[BadSample]:
-        bad: list[BadSample] = []
+    def _draw_parameters(self, batch_index: int, rows: range, slots: Int64s, out: Sequence[Float32s]) -> None:
+        draws = photometric_parameters.DRAWS
+        numbers = uniforms(self._seed, "photometric", batch_index, slots, self._crops, draws).swapaxes(0, 1)
+        found = photometric_parameters.photometric_parameters(numbers.reshape(-1, draws), self._photometric)
+        by_crop, first = found.reshape(self._crops, len(slots), -1), 0
+        for spec, rows_out in zip(self._specs, out, strict=True):
+            every = rows_out.reshape(spec.count, self.images, -1)
+            every[:, rows.start : rows.stop] = by_crop[first : first + spec.count]
+            first += spec.count
+
+    def _fill_rows(self, places: list[_Place], numbers: NDArray[np.float64], out: Sequence[UInt8s]) -> list[BadSample]:
         # Headers first: the boxes of all images are then found in one go, and a JPEG is decoded no larger than needed.
-        opened: list[OpenedImage | str] = []  # or why it cannot be decoded
-        for shard, sample in places:
-            try:
-                opened.append(open_image(read_sample(self._shards[shard], sample)))
-            except BadImage as error:
-                bad.append(self._bad(shard, sample, error))
-                opened.append(error.reason)
-        sizes = np.array([(1, 1) if isinstance(image, str) else image.size for image in opened], np.int64)
-        plan = crops.plan_crops(sizes, self._specs, numbers[start : start + len(places)], self._flip_probability)
-        for index, (shard, sample) in enumerate(places):
-            image, opened[index] = opened[index], ""  # one decoded image at a time
-            if isinstance(image, str):
-                reason = image
-            else:
-                try:
-                    self._cut(image, plan, index, out, start + index)
-                    continue
-                except BadImage as error:
-                    bad.append(self._bad(shard, sample, error))
-                    reason = error.reason
-            row = start + index
-            bad += self._substitute(shard, sample, reason, numbers[row : row + 1], out, row)
+        opened: list[OpenedImage | BadSample | None] = [self._open(place) for place in places]
+        self.announce(-1, -1, -1)
+        plan = self._plan(opened, numbers)
+        bad: list[BadSample] = []
+        for index, place in enumerate(places):
+            image, opened[index] = opened[index], None  # one decoded image at a time
+            failed = self._cut(place, image, plan, index, out)
+            if failed is not None:
+                bad += [failed, *self._substitute(place, failed, numbers[index : index + 1], out)]
         return bad
 
-    def _cut(self, image: OpenedImage, plan: crops.CropPlan, index: int, out: Sequence[UInt8s], row: int) -> None:
-        pixels = image.load(float(plan.scales[index]))
-        crops.cut_crops(pixels, image.size, plan.boxes[index], plan.flips[index], self._specs, out, row)
+    def _open(self, place: _Place) -> OpenedImage | BadSample:
+        if (place.shard, place.sample) in self.quarantine:
+            return self._bad(place, KILLED_WORKER)
+        self.announce(place.row, place.shard, -1)
+        shard = self._shards[place.shard]
+        try:
+            self._limits.refuse_bytes(int(shard.sizes[place.sample]))  # before it is read
+            data = read_sample(shard, place.sample)
+            self.announce(*place)
+            return open_image(data, self._limits)
+        except BadImage as error:
+            return self._bad(place, error.reason)
+
+    def _plan(self, opened: Sequence[OpenedImage | BadSample | None], numbers: NDArray[np.float64]) -> crops.CropPlan:
+        sizes = [image.size if isinstance(image, OpenedImage) else (1, 1) for image in opened]
+        return crops.plan_crops(np.array(sizes, np.int64), self._specs, numbers, self._flip_probability)
+
+    def _cut(
+        self,
+        place: _Place,
+        image: OpenedImage | BadSample | None,
+        plan: crops.CropPlan,
+        index: int,
+        out: Sequence[UInt8s],
+    ) -> BadSample | None:
+        """Writes the crops of an opened image, or says why there are none."""
+        if not isinstance(image, OpenedImage):
+            return image
+        self.announce(*place)
+        try:
+            pixels = image.load(float(plan.scales[index]))
+        except BadImage as error:
+            return self._bad(place, error.reason)
+        crops.cut_crops(pixels, image.size, plan.boxes[index], plan.flips[index], self._specs, out, place.row)
+        return None
 
     def _substitute(
-        self, shard: int, sample: int, reason: str, numbers: NDArray[np.float64], out: Sequence[UInt8s], row: int
+        self, place: _Place, failed: BadSample, numbers: NDArray[np.float64], out: Sequence[UInt8s]
     ) -> list[BadSample]:
+        """Writes the crops of another image; returns those that would not do either."""
         bad: list[BadSample] = []
-        for other_shard, other in self._candidates(shard, sample):
-            try:
-                image = open_image(read_sample(self._shards[other_shard], other))
-                sizes = np.array([image.size], np.int64)
-                plan = crops.plan_crops(sizes, self._specs, numbers, self._flip_probability)
-                self._cut(image, plan, 0, out, row)
+        for shard, sample in self._candidates(place.shard, place.sample):
+            other = _Place(place.row, shard, sample)
+            image = self._open(other)
+            again = self._cut(other, image, self._plan([image], numbers), 0, out)
+            if again is None:
                 return bad
-            except BadImage as error:
-                bad.append(self._bad(other_shard, other, error))
+            bad.append(again)
         raise UserError(
-            f"shard {self._shards[shard].path}, sample {sample} cannot be decoded ({reason})",
+            f"shard {failed.shard}, sample {failed.sample} cannot be decoded ({failed.reason})",
             f"nor can {len(bad)} others in its place (the last one: {bad[-1].reason})" if bad else "there is no other",
             "pack the folder again without them",
         )
+
+    def _bad(self, place: _Place, reason: str) -> BadSample:
+        return BadSample(self.shard_path(place.shard), place.sample, reason)
 
     def _candidates(self, shard: int, sample: int) -> Iterator[tuple[int, int]]:
         counts = self._order.counts
@@ -165,6 +231,3 @@ class BatchAssembler:
         for other in [other for other in others if counts[other]][:_SHARDS_TRIED]:
             for first in range(min(_CANDIDATES, int(counts[other]))):
                 yield other, first
-
-    def _bad(self, shard: int, sample: int, error: BadImage) -> BadSample:
-        return BadSample(str(self._shards[shard].path), sample, error.reason)

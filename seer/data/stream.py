@@ -1,44 +1,36 @@
-"""The endless stream of batches: worker processes that make whole batches of this rank, handed out in order.
+"""The endless stream of batches of this rank: what `seer.data.pool` makes, as tensors.
 
-Every batch is a pure function of its number: nothing is saved and nothing depends on the workers, who only take turns.
+Every batch is a pure function of its number: nothing is saved and nothing depends on the workers, who share the work.
 """
 
 from __future__ import annotations
 
 import atexit
-import ctypes
-import itertools
-import multiprocessing
-import os
-import signal
-import sys
-import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from seer.data.assembly import BadSample, BatchAssembler
 from seer.data.crops import CropSpec
-from seer.data.order import ShardOrder
+from seer.data.decode import DEFAULT_LIMITS, ImageLimits
+from seer.data.mixture import SourceShare, order_of
 from seer.data.photometric_parameters import PhotometricSpec
+from seer.data.pool import DEADLINE_SECONDS, BatchPool
 from seer.errors import UserError
 from seer.shard_index import ShardList
 
 __all__ = ["BadSample", "Batch", "DataStream"]
 
-_PREFETCHED = 2  # batches each worker holds ready
-_PR_SET_PDEATHSIG = 1
-
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's part of a global batch.
+    """A rank's part of a global batch. Its tensors hold until the batch after the next one is asked for.
 
     Attributes:
         crops: one uint8 tensor a resolution, (crops x N, S, S, 3); rows [v*N, (v+1)*N) belong to crop v.
@@ -63,8 +55,12 @@ class DataStream:
         crops: the resolutions, the large one first.
         flip_probability: share of mirrored crops.
         photometric: distribution of colour and blur.
+        limits: which images are refused.
         workers: processes that decode and crop; 0 does it in the calling process. They die with the thread that started
             them, so call `batches` in the main thread.
+        deadline_seconds: a worker that decodes one image for so long, or reads one for five times as long, is replaced.
+        lanes, window: how samples are mixed (`seer.data.order.ShardOrder`); by default an epoch as a whole.
+        sources: whose shards these are, where every batch has fixed shares of several sources.
         rank, world_size: this process's part: slots [rank*N, (rank+1)*N) of each batch.
 
     Raises:
@@ -80,7 +76,12 @@ class DataStream:
         crops: list[CropSpec],
         flip_probability: float,
         photometric: PhotometricSpec,
+        limits: ImageLimits = DEFAULT_LIMITS,
         workers: int,
+        deadline_seconds: float = DEADLINE_SECONDS,
+        lanes: int = 1,
+        window: int | None = None,
+        sources: Sequence[SourceShare] = (),
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -91,7 +92,9 @@ class DataStream:
                 f"use a multiple of {world_size}",
             )
         images = global_batch_size // world_size
-        order = ShardOrder(shards.counts, seed=seed, global_batch_size=global_batch_size)
+        order = order_of(
+            shards.counts, sources, seed=seed, global_batch_size=global_batch_size, lanes=lanes, window=window
+        )
         assembler = BatchAssembler(
             shards.shards,
             order,
@@ -100,131 +103,86 @@ class DataStream:
             specs=crops,
             flip_probability=flip_probability,
             photometric=photometric,
+            limits=limits,
         )
         self.batches_per_epoch, self.samples = order.batches_per_epoch, order.samples
-        self._tasks, self._workers = _Tasks(assembler), workers
-        self._running: list[Generator[Batch, None, None]] = []
+        self._assembler, self._workers, self._deadline_seconds = assembler, workers, deadline_seconds
+        self._pool: BatchPool | None = None
+        self._running: Generator[Batch, None, None] | None = None
+        self.shards = int((order.counts > 0).sum())
         self._identity: dict[str, int | str | float | list[object]] = {
             "seed": seed,
             "index_digest": shards.digest,
             "global_batch_size": global_batch_size,
-            "lanes": 1,
-            "window": "epoch",
+            "lanes": lanes,
+            "window": "epoch" if window is None else window,
             "crops": [list(astuple(spec)) for spec in crops],
             "flip_probability": flip_probability,
             "photometric": list(astuple(photometric)),
+            "limits": list(astuple(limits)),
             # pillow-simd's versions end in .postN; its crops differ from Pillow's by up to one level.
             "decoder": "pillow-simd" if ".post" in PIL.__version__ else "pillow",
-            "quarantine": [],
         }
+        if sources:
+            self._identity["mixture"] = [list(source) for source in sources]
 
     def identity(self) -> dict[str, int | str | float | list[object]]:
         """What the batches are a function of, as JSON: two streams of equal identity are equal."""
-        return dict(self._identity)
+        return {**self._identity, "quarantine": [list(sample) for sample in sorted(self.quarantine)]}
+
+    @property
+    def quarantine(self) -> set[tuple[str, int]]:
+        """Samples that killed their worker, found so far: name of the tar, place in it. They are replaced."""
+        return {(Path(self._assembler.shard_path(shard)).name, sample) for shard, sample in self._assembler.quarantine}
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers; a replaced one has another."""
+        return [] if self._pool is None else self._pool.pids
+
+    @property
+    def worker_deaths(self) -> int:
+        """Workers of the running iterator that died or hung and were replaced."""
+        return 0 if self._pool is None else self._pool.deaths
 
     def batches(self, batch_index: int) -> Iterator[Batch]:
         """Endless batches from a number on, in order; a later call ends the earlier iterator.
 
+        The tensors of a batch are views of memory that is used again: they hold until the batch after the next one is
+        asked for. Who needs them longer copies them.
+
         Raises (from next):
-            UserError: a shard is gone, truncated or changed, or its images cannot be decoded.
+            UserError: a shard is gone, truncated or changed, its images cannot be decoded, or workers keep dying.
         """
         self.close()
-        running = self._batches(batch_index)
-        self._running.append(running)
-        # Workers ignore the signal by which multiprocessing ends its children at exit: they are told before it waits.
+        self._pool = BatchPool(
+            self._assembler,
+            workers=self._workers,
+            first=batch_index,
+            may_fork=not torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
+            deadline_seconds=self._deadline_seconds,
+        )
         atexit.register(self.close)
-        return running
+        self._running = _batches(self._pool)
+        return self._running
 
     def close(self) -> None:
         """Ends the workers."""
         atexit.unregister(self.close)
-        while self._running:
-            self._running.pop().close()
-
-    def _batches(self, batch_index: int) -> Generator[Batch, None, None]:
-        with closing(self._made(batch_index)) as batches:
-            for made in batches:
-                if isinstance(made, UserError):
-                    raise made
-                yield made
-
-    def _made(self, batch_index: int) -> Generator[Batch | UserError, None, None]:
-        numbers = itertools.count(batch_index)
-        if self._workers == 0:
-            yield from map(self._tasks.__getitem__, numbers)
-            return
-        loader = DataLoader(
-            self._tasks,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=self._workers,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
-            worker_init_fn=_start_worker,
-            multiprocessing_context=multiprocessing.get_context(_start_method()),
-            prefetch_factor=_PREFETCHED,
-            generator=torch.Generator(),  # else it draws the workers' seed, which nobody uses, from the global stream
-        )
-        with warnings.catch_warnings():
-            # From Python 3.12 a fork under live threads is warned of; the workers start no thread pool of torch.
-            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-            iterator = iter(loader)
-        yield from iterator
+        if self._running is not None:
+            self._running.close()
+        if self._pool is not None:
+            self._pool.close()
+        self._running = self._pool = None
 
 
-def lost_worker(error: RuntimeError) -> UserError | None:
-    """What to say when torch tells, in whatever line of the main process is running, that a data worker was killed."""
-    if "DataLoader worker" not in str(error):
-        return None
-    return UserError(
-        str(error).splitlines()[0],
-        "a data worker that is killed takes its batch with it; mostly memory ran out",
-        "run the same command again, with fewer data.workers",
-    )
-
-
-class _Tasks(Dataset[Batch | UserError]):
-    """Number of a batch -> batch. A user's error travels as a value: torch would wrap it in a worker's traceback."""
-
-    def __init__(self, assembler: BatchAssembler) -> None:
-        self._assembler = assembler
-
-    def __getitem__(self, batch_index: int) -> Batch | UserError:
-        crops = [torch.empty(shape, dtype=torch.uint8) for shape in self._assembler.shapes]
-        if torch.utils.data.get_worker_info() is not None:
-            try:
-                for tensor in crops:
-                    tensor.share_memory_()  # type: ignore[no-untyped-call]  # written where the main process will read it
-            except RuntimeError as error:
-                return UserError(
-                    f"/dev/shm has no room for another batch ({error})".splitlines()[0],
-                    "workers hand batches over in shared memory",
-                    "start the container with --shm-size=8g, or use data.workers=0",
-                )
-        try:
-            bad = self._assembler.fill(batch_index, [tensor.numpy() for tensor in crops])
-        except UserError as error:
-            return error
-        parameters = [torch.from_numpy(found) for found in self._assembler.parameters(batch_index)]
-        return Batch(crops, parameters, bad, batch_index)
-
-
-def _as_it_is(made: Batch | UserError) -> Batch | UserError:
-    return made
-
-
-def _start_method() -> str:
-    """Fork is quick and shares the indexes; a process that holds a GPU must not fork, and only Linux forks safely."""
-    cuda_in_use = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-    return "fork" if sys.platform == "linux" and not cuda_in_use else "forkserver"
-
-
-def _start_worker(_: int) -> None:
-    # The run's own handlers and the terminal's Ctrl-C are for the main process, which ends the workers when it is done.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died in between
-            os._exit(1)
+def _batches(pool: BatchPool) -> Generator[Batch, None, None]:
+    with closing(pool):
+        while True:
+            made = pool.next()
+            yield Batch(
+                [torch.from_numpy(pixels) for pixels in made.crops],
+                [torch.from_numpy(rows) for rows in made.photometric],
+                made.bad,
+                made.batch_index,
+            )

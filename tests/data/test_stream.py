@@ -14,7 +14,9 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,8 @@ import torch
 from PIL import Image
 
 from seer.data.crops import CropSpec, evaluation_crop
-from seer.data.decode import decode
+from seer.data.decode import ImageLimits, decode
+from seer.data.mixture import SourceShare
 from seer.data.photometric_parameters import COLUMNS, PhotometricSpec
 from seer.data.sources import ShardReader, read_sample
 from seer.data.stream import BadSample, Batch, DataStream
@@ -72,7 +75,7 @@ def write_shards(
     return ShardList(shards)
 
 
-def open_stream(shards: ShardList, *, workers: int = 0, batch: int = 6, **options: int) -> DataStream:
+def open_stream(shards: ShardList, *, workers: int = 0, batch: int = 6, **options: Any) -> DataStream:
     return DataStream(
         shards,
         seed=options.pop("seed", 11),
@@ -86,9 +89,15 @@ def open_stream(shards: ShardList, *, workers: int = 0, batch: int = 6, **option
 
 
 def take(stream: DataStream, start: int, count: int) -> list[Batch]:
-    batches = list(itertools.islice(stream.batches(start), count))
+    batches = [kept(batch) for batch in itertools.islice(stream.batches(start), count)]
     stream.close()
     return batches
+
+
+def kept(batch: Batch) -> Batch:
+    """A copy: the stream writes the batch after next into the same memory."""
+    crops, photometric = ([tensor.clone() for tensor in tensors] for tensors in (batch.crops, batch.photometric))
+    return replace(batch, crops=crops, photometric=photometric)
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -138,6 +147,48 @@ def test_ranks_take_slices_of_the_global_batch(tmp_path: Path) -> None:
         assert sorted(map(str, batch.bad)) == sorted(str(bad) for part in parts for bad in part[number].bad)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker:UserWarning")  # fewer cores than that
+@pytest.mark.parametrize(
+    ("counts", "batch", "options"),
+    [
+        ((7, 5, 0, 9), 8, {"lanes": 4, "window": 2}),
+        ((13, 1, 0, 0, 4), 12, {"lanes": 4, "window": 3}),
+        ((9,), 8, {}),  # more workers and ranks than shards
+    ],
+)
+def test_ranks_and_workers_of_any_number_make_the_same_batches(
+    tmp_path: Path, counts: tuple[int, ...], batch: int, options: dict[str, int]
+) -> None:
+    shards = write_shards(tmp_path, counts=counts, broken=BROKEN)
+    expected = take(open_stream(shards, batch=batch, **options), 1, 3)
+    plain = take(open_stream(shards, batch=batch), 1, 3)
+    assert all(map(same, expected, plain)) == (not options)
+    for world_size, workers in ((1, 1), (1, 3), (2, 1), (4, 0), (4, 3)):
+        parts = [
+            take(open_stream(shards, batch=batch, workers=workers, rank=rank, world_size=world_size, **options), 1, 3)
+            for rank in range(world_size)
+        ]
+        for number, whole in enumerate(expected):
+            assert joined([part[number] for part in parts]) == joined([whole])
+
+
+def joined(parts: list[Batch]) -> tuple[list[bytes], list[bytes], list[str], int]:
+    """A global batch of the parts of its ranks: bytes of crops and parameters a resolution, bad samples, number."""
+
+    def together(field: str) -> list[bytes]:
+        rows = [[getattr(part, field)[number].unflatten(0, (spec.count, -1)) for part in parts] for number, spec in at]
+        return [torch.cat(pieces, dim=1).numpy().tobytes() for pieces in rows]
+
+    at = list(enumerate(SPECS))
+    (batch_index,) = {part.batch_index for part in parts}
+    return (
+        together("crops"),
+        together("photometric"),
+        sorted(str(bad) for part in parts for bad in part.bad),
+        batch_index,
+    )
+
+
 def test_any_batch_can_be_the_first(shards: ShardList) -> None:
     whole = take(open_stream(shards), 0, 9)  # three epochs of three batches
     for start in (1, 3, 8):
@@ -166,6 +217,31 @@ def test_crops_show_the_sample_that_the_order_names(tmp_path: Path) -> None:
         assert sorted(blue[0, :, 0].tolist()) == list(range(12))  # all of them, once
 
 
+def test_every_batch_shows_the_shares_of_its_sources(tmp_path: Path) -> None:
+    def images(colour: str, count: int) -> list[bytes]:
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 30), colour).save(buffer, "PNG")
+        return [buffer.getvalue()] * count
+
+    shards = [write_shard(tmp_path / f"{colour}.tar", images(colour, count)) for colour, count in COLOURS.items()]
+    sources = [SourceShare(colour, weight, 1) for colour, weight in (("red", 1.0), ("blue", 2.0))]
+    stream = DataStream(
+        ShardList(shards),
+        seed=0,
+        global_batch_size=6,
+        crops=SPECS,
+        flip_probability=0.5,
+        photometric=PhotometricSpec(),
+        workers=0,
+        sources=sources,
+    )
+    for batch in take(stream, 0, 5):
+        assert (batch.crops[0].unflatten(0, (2, 6))[0, :, 0, 0] == torch.tensor([0, 0, 255])).all(1).sum() == 4
+
+
+COLOURS = {"red": 30, "blue": 5}
+
+
 def test_bad_images_are_replaced_by_their_followers_and_counted(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, counts=(7, 2, 0, 9), broken=BROKEN)
     found: set[tuple[str, int, str]] = set()
@@ -175,6 +251,31 @@ def test_bad_images_are_replaced_by_their_followers_and_counted(tmp_path: Path) 
     # Both of shard 1 are bad: its replacement is the first of shard 3 (shard 2 is empty).
     assert {("train-000.tar", 3, "not_an_image"), ("train-001.tar", 0, "truncated")} <= found
     assert found <= {(f"train-{shard:03d}.tar", sample, reason) for (shard, sample), reason in BROKEN.items()}
+
+
+def test_images_beyond_the_limits_are_replaced_and_too_large_files_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_shards(tmp_path, counts=(6,))
+    sizes = shards.shards[0].sizes
+    largest = int(sizes.max())
+    assert (sizes == largest).sum() == 1
+    read: list[int] = []
+
+    def reading(shard: ShardIndex, sample: int) -> bytes:
+        read.append(sample)
+        return read_sample(shard, sample)
+
+    monkeypatch.setattr("seer.data.assembly.read_sample", reading)
+    (batch,) = take(open_stream(shards, limits=ImageLimits(max_bytes=largest - 1)), 0, 1)
+    assert [(bad.sample, bad.reason) for bad in batch.bad] == [(int(sizes.argmax()), "too_many_bytes")]
+    assert int(sizes.argmax()) not in read and len(read) == 6
+    # Heights are 20 to 25, widths 30.
+    (batch,) = take(open_stream(shards, limits=ImageLimits(min_side=22, max_pixels=24 * 30)), 0, 1)
+    assert {(bad.sample, bad.reason) for bad in batch.bad} == {
+        *((sample, "side_too_short") for sample in (0, 1)),
+        (5, "too_many_pixels"),
+    }
 
 
 def test_a_replacement_equals_the_follower_in_the_same_slot(tmp_path: Path) -> None:
@@ -255,6 +356,8 @@ def test_identity_names_what_changes_batches_and_nothing_else(shards: ShardList,
     assert open_stream(shards, workers=2, rank=1, world_size=2).identity() == identity
     assert open_stream(shards, seed=5).identity() != identity
     assert open_stream(shards, batch=7).identity() != identity
+    assert open_stream(shards, limits=ImageLimits(min_side=2)).identity() != identity
+    assert open_stream(shards, lanes=2).identity() != identity != open_stream(shards, window=2).identity()
     (tmp_path / "moved").mkdir()
     assert open_stream(write_shards(tmp_path / "moved")).identity() == identity
     assert open_stream(write_shards(tmp_path / "moved", counts=(7, 5, 0, 8))).identity() != identity
@@ -276,7 +379,7 @@ def test_a_later_iterator_ends_the_earlier_one(shards: ShardList) -> None:
 
 
 PARENT = """
-import multiprocessing, os, pickle, signal, sys
+import os, pickle, signal, sys
 from seer.data.crops import CropSpec
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.stream import DataStream
@@ -288,7 +391,7 @@ stream = DataStream(shards, seed=0, global_batch_size=6, crops=[CropSpec(1, 8, 0
                     photometric=PhotometricSpec(), workers=2)
 batches = stream.batches(0)
 next(batches)
-print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+print(*stream.worker_pids, flush=True)
 for line in sys.stdin:
     print(next(batches).batch_index, flush=True)
 """

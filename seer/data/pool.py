@@ -1,0 +1,560 @@
+"""Processes that fill batches in shared memory, in order, whatever becomes of the processes (free of torch).
+
+A batch lies in a slot of a ring of shared memory and is cut into tasks (ranges of its rows), so that several workers
+fill it together. A task is a pure function of its numbers: where a worker dies or hangs, another one is started and
+gets the same tasks, and the batches do not change by a byte. No thread and no signal handler watches: whatever happens
+to a worker is found, mended or told in `BatchPool.next`.
+
+Workers are forked when the pool is opened, where that is safe. Otherwise, and whenever one is replaced, they are
+started anew (``python -c``): that takes no server process, imports neither torch nor the user's script, and does not
+make a training under way copy its memory page by page, as it would beside a fork of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import pickle
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seer.data.assembly import BadSample, BatchAssembler
+from seer.errors import UserError
+
+DEADLINE_SECONDS = 120.0
+
+# With fewer rows a task, what is done once a task (numbers looked up, messages) is felt beside decoding.
+_MIN_ROWS = 8
+# Slots of the consumer: the batch handed out last and the one before.
+_HELD = 2
+# Reading may take so many times the deadline: a source that tries again gives up by itself, and knows better why.
+_READING = 5
+# A sample is found guilty by so many deaths, all but the first of which it caused alone in a fresh process. SIGKILL
+# comes from outside more often than from an image, so it has to strike once more.
+_DEATHS, _DEATHS_BY_SIGKILL = 2, 3
+# Deaths without an answer in between after which there is no hope; four more for each worker.
+_HOPELESS = 16
+_GONE_SECONDS = 5.0  # a killed process is gone by then, unless the kernel itself is stuck in a read
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Made:
+    """A batch in its slot: arrays of one resolution each, as `BatchAssembler.layout` says."""
+
+    crops: list[NDArray[np.uint8]]
+    photometric: list[NDArray[np.float32]]
+    bad: list[BadSample]
+    batch_index: int
+
+
+class BatchPool:
+    """Endless batches from a number on. Work begins at once.
+
+    Args:
+        assembler: makes any rows of any batch. A sample that kills its worker is added to its quarantine.
+        workers: processes; 0 makes the batches in the calling one, where they live as long (see `next`). On Linux they
+            die with the thread that opened the pool, however it ends.
+        first: number of the first batch.
+        may_fork: nothing is in use that a fork would break (CUDA); threads are looked at here.
+        deadline_seconds: a worker that decodes one image for so long, or reads one for five times as long, is replaced.
+
+    Attributes:
+        deaths: workers that were replaced.
+    """
+
+    def __init__(
+        self,
+        assembler: BatchAssembler,
+        *,
+        workers: int,
+        first: int,
+        may_fork: bool,
+        deadline_seconds: float = DEADLINE_SECONDS,
+    ) -> None:
+        self._assembler, self._deadline = assembler, deadline_seconds
+        # Two tasks a worker and batch: more would even out slow images no better, and each wakes the main process once.
+        self._rows_a_task = max(_MIN_ROWS, -(-assembler.images // (2 * max(workers, 1))))
+        tasks_a_batch = -(-assembler.images // self._rows_a_task)
+        # Beyond the batch that is asked for: one, and as many as hold two tasks for each worker.
+        self._ahead = 1 + -(-2 * workers // tasks_a_batch) if workers else 0
+        self._ring = _Ring(assembler, _HELD + self._ahead, workers)
+        self._asked = self._submitted = first
+        self._filling: dict[int, _Filling] = {}
+        self._selector = selectors.PollSelector()  # of all kinds the one without a file that a fork would share
+        self._briefing: int | None = None
+        self._workers: list[_Worker] = []
+        self._owner = os.getpid()
+        self._deaths_in_a_row = self.deaths = 0
+        try:
+            fork = may_fork and sys.platform == "linux" and threading.active_count() == 1
+            for number in range(workers):
+                self._workers.append(self._start(number, fork=fork))
+            self._submit()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [worker.process.pid for worker in self._workers]
+
+    def next(self) -> Made:
+        """The next batch.
+
+        Its arrays are the slot itself: they hold until the batch after the next one is asked for, whose making begins
+        by overwriting them.
+
+        Raises:
+            UserError: what went wrong in making this batch, or workers die one after another.
+            RuntimeError: a bug in a worker, with its traceback.
+        """
+        index, slot = self._asked, self._ring.slot(self._asked)
+        if not self._workers:
+            bad = self._assembler.fill(index, range(self._assembler.images), slot.crops, slot.photometric)
+        else:
+            self._submit()
+            filling = self._filling[index]
+            while filling.rows_left:
+                self._listen()
+            del self._filling[index]
+            bad = filling.bad_samples()
+        self._asked += 1
+        return Made(slot.crops, slot.photometric, bad, index)
+
+    def close(self) -> None:
+        """Ends the workers. Batches that were handed out keep their memory."""
+        if os.getpid() != self._owner:
+            return  # in a fork, whose exit must not end the workers of its parent
+        for worker in self._workers:
+            worker.process.kill()  # all of them before the first is waited for
+        while self._workers:
+            self._dismiss(self._workers[-1])
+        self._selector.close()
+        self._ring.close()
+        if self._briefing is not None:
+            os.close(self._briefing)
+            self._briefing = None
+
+    def _submit(self) -> None:
+        """Gives the workers every batch for which there is a slot: all but that of the batch handed out last."""
+        if not self._workers:
+            return
+        images = self._assembler.images
+        mail: dict[int, list[_Task]] = {}
+        for batch_index in range(self._submitted, self._asked + self._ahead + 1):
+            self._filling[batch_index] = _Filling(images)
+            for start in range(0, images, self._rows_a_task):
+                task = _Task(batch_index, range(start, min(start + self._rows_a_task, images)))
+                least = min(self._workers, key=lambda worker: worker.rows)
+                least.take(task)
+                mail.setdefault(least.number, []).append(task)
+        self._submitted = self._asked + self._ahead + 1
+        for number, tasks in mail.items():
+            self._workers[number].send([task.message for task in tasks])
+
+    def _listen(self) -> None:
+        """Waits for an answer, a death, or the time to look for workers that hang."""
+        events = self._selector.select(min(1.0, self._deadline / 4))
+        for key, _ in events:
+            worker: _Worker = key.data
+            answers = worker.receive()
+            if answers is None:
+                self._replace(worker, hung=False)
+                continue
+            for kind, what in answers:
+                task = worker.finish()
+                self._filling[task.batch_index].answered(task.rows, kind, what)
+                self._deaths_in_a_row = 0
+        if not events:
+            for worker in [*self._workers]:
+                if worker.hangs(self._ring.at(worker.number), self._deadline):
+                    self._replace(worker, hung=True)
+
+    def _replace(self, worker: _Worker, *, hung: bool) -> None:
+        """Another process in the place of a dead or hanging one, for the same tasks."""
+        code = self._dismiss(worker)
+        at = self._ring.at(worker.number)
+        self.deaths += 1
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row >= _HOPELESS + 4 * self._ring.workers:
+            self._give_up(f"hung for {self._deadline:g} s" if hung else _cause(code), at)
+        tasks, convicted = [*worker.tasks], False
+        if tasks and at.sample >= 0 and at.row in tasks[0].rows:
+            enough = _DEATHS_BY_SIGKILL if code == -signal.SIGKILL and not hung else _DEATHS
+            alone = tasks[0].alone(at)
+            if convicted := len(tasks[0].rows) == 1 and alone.deaths >= enough:
+                self._assembler.quarantine.add((at.shard, at.sample))
+            # The suspected row first, in the fresh process: what it survives there, something before it had done.
+            tasks[:1] = [alone, *tasks[0].without(at.row)]
+        if convicted:
+            for other in self._workers:
+                other.send([self._quarantine_message()])
+        fresh = self._start(worker.number, fork=False)
+        self._workers.insert(worker.number, fresh)
+        for task in tasks:
+            fresh.take(task)
+        fresh.send([task.message for task in tasks])
+
+    def _quarantine_message(self) -> list[Any]:
+        return ["quarantine", sorted(self._assembler.quarantine)]
+
+    def _give_up(self, how: str, at: _At) -> NoReturn:
+        place = "" if at.shard < 0 else f", reading shard {self._assembler.shard_path(at.shard)}"
+        if at.sample >= 0:
+            place = f", at sample {at.sample} of shard {self._assembler.shard_path(at.shard)}"
+        raise UserError(
+            f"{self._deaths_in_a_row} data workers died one after another (the last one {how}{place})",
+            "memory ran out, the disk does not answer, or the decoder does not fit this CPU or these images",
+            "see `seer doctor`; with fewer data.workers less memory is needed",
+        )
+
+    def _start(self, number: int, *, fork: bool) -> _Worker:
+        self._ring.announce(number, -1, -1, -1)
+        ours, its = socket.socketpair()
+        with its:
+            if fork:
+                inherited = [ours, *(worker.socket for worker in self._workers)]
+                process: _Forked | subprocess.Popen[bytes] = _Forked(
+                    partial(_serve_forked, inherited, its, self._assembler, self._ring, number, os.getpid())
+                )
+            else:
+                process = self._start_anew(its, number)
+        worker = _Worker(number, process, ours)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+        if self._assembler.quarantine:
+            worker.send([self._quarantine_message()])
+        return worker
+
+    def _start_anew(self, its: socket.socket, number: int) -> subprocess.Popen[bytes]:
+        if self._briefing is None:
+            self._briefing = _memory_file()
+            with open(self._briefing, "wb", closefd=False) as file:
+                pickle.dump((self._assembler, self._ring.slots, self._ring.workers), file)
+        files = (its.fileno(), self._ring.file, self._briefing)
+        arguments = ", ".join(map(str, (*files, number, os.getpid())))
+        code = f"import sys; sys.path[:] = {sys.path!r}; from seer.data import pool; pool.serve_anew({arguments})"
+        # Its own process group: Ctrl-C in the terminal must not reach it before it has learnt to ignore it.
+        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=files, process_group=0)
+
+    def _dismiss(self, worker: _Worker) -> int | None:
+        """Ends a worker; its exit code, None if even SIGKILL does not end it now (it will write nothing any more)."""
+        self._workers.remove(worker)
+        self._selector.unregister(worker.socket)
+        worker.process.kill()
+        worker.socket.close()
+        try:
+            return worker.process.wait(_GONE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Rows of a batch. Where they are one row under suspicion: of which sample, and how many workers died of it."""
+
+    batch_index: int
+    rows: range
+    suspect: tuple[int, int] | None = None
+    deaths: int = 0
+
+    @property
+    def message(self) -> list[Any]:
+        return ["fill", self.batch_index, self.rows.start, self.rows.stop]
+
+    def alone(self, at: _At) -> _Task:
+        suspect = (at.shard, at.sample)
+        deaths = 1 + (self.deaths if self.suspect == suspect else 0)
+        return _Task(self.batch_index, range(at.row, at.row + 1), suspect, deaths)
+
+    def without(self, row: int) -> list[_Task]:
+        parts = (range(self.rows.start, row), range(row + 1, self.rows.stop))
+        return [_Task(self.batch_index, part) for part in parts if part]
+
+
+class _Filling:
+    """What is known of a batch that is being filled."""
+
+    def __init__(self, images: int) -> None:
+        self.rows_left = images
+        self._answers: list[tuple[int, str, Any]] = []
+
+    def answered(self, rows: range, kind: str, what: Any) -> None:
+        self.rows_left -= len(rows)
+        self._answers.append((rows.start, kind, what))
+
+    def bad_samples(self) -> list[BadSample]:
+        """In the order of rows, as a single process would tell them; raises the first error."""
+        bad: list[BadSample] = []
+        for _, kind, what in sorted(self._answers, key=lambda answer: answer[0]):
+            if kind == "user_error":
+                raise UserError(*what)
+            if kind == "bug":
+                raise RuntimeError(f"a data worker failed:\n{what}")
+            bad += [BadSample(*one) for one in what]
+        return bad
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A worker as the main process sees it.
+
+    Attributes:
+        tasks: what it has not answered; it works on the first.
+        rows: of its tasks.
+    """
+
+    number: int
+    process: _Forked | subprocess.Popen[bytes]
+    socket: socket.socket
+    tasks: deque[_Task] = field(default_factory=deque)
+    rows: int = 0
+    _received: bytes = b""
+    _beat: int = -1
+    _since: float = 0.0
+
+    def take(self, task: _Task) -> None:
+        if not self.tasks:
+            self._beat = -1  # it was idle: its time begins when it is looked at next
+        self.tasks.append(task)
+        self.rows += len(task.rows)
+
+    def finish(self) -> _Task:
+        task = self.tasks.popleft()
+        self.rows -= len(task.rows)
+        return task
+
+    def send(self, messages: Sequence[list[Any]]) -> None:
+        # So few that they always fit the socket's buffer. A dead worker is found when it is listened to.
+        with contextlib.suppress(OSError):
+            self.socket.sendall(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
+
+    def receive(self) -> list[tuple[str, Any]] | None:
+        """Answers in the order of the tasks; None: it is dead."""
+        try:
+            data = self.socket.recv(1 << 16, socket.MSG_DONTWAIT)  # never waits for the rest: it may be stopped
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        if not data:
+            return None
+        *lines, self._received = (self._received + data).split(b"\n")
+        return [tuple(json.loads(line)) for line in lines]
+
+    def hangs(self, at: _At, deadline: float) -> bool:
+        if not self.tasks:
+            return False
+        now = time.monotonic()
+        if at.beat != self._beat:
+            self._beat, self._since = at.beat, now
+        return now - self._since > deadline * (1 if at.sample >= 0 else _READING)
+
+
+class _At(NamedTuple):
+    """What a worker is at: a count that grows whenever that changes; -1 for what there is not."""
+
+    beat: int
+    row: int
+    shard: int
+    sample: int
+
+
+class _Slot(NamedTuple):
+    crops: list[NDArray[np.uint8]]
+    photometric: list[NDArray[np.float32]]
+
+
+class _Ring:
+    """Shared memory: what each worker is at, then the slots.
+
+    It is a file without a name (memfd): it is gone with the last process that has it open, however that ends, and
+    /dev/shm, which is small in containers, has no part in it.
+    """
+
+    def __init__(self, assembler: BatchAssembler, slots: int, workers: int, file: int | None = None) -> None:
+        self.slots, self.workers = slots, workers
+        page = mmap.PAGESIZE
+        sizes = [_rounded(int(np.prod(shape)) * np.dtype(kind).itemsize, 64) for shape, kind in assembler.layout]
+        head, size = _rounded(64 * workers, page), _rounded(sum(sizes), page)
+        if file is None and workers:
+            file = _memory_file()
+            os.ftruncate(file, head + slots * size)
+        self.file = -1 if file is None else file
+        memory = mmap.mmap(self.file, head + slots * size)  # lives as long as an array that looks at it
+        self._at = np.frombuffer(memory, np.int64, 8 * workers).reshape(workers, 8)
+        self._slots = []
+        for number in range(slots):
+            arrays: list[NDArray[Any]] = []
+            place = head + number * size
+            for (shape, kind), length in zip(assembler.layout, sizes, strict=True):
+                arrays.append(np.frombuffer(memory, kind, int(np.prod(shape)), place).reshape(shape))
+                place += length
+            self._slots.append(_Slot(arrays[: assembler.resolutions], arrays[assembler.resolutions :]))
+
+    def slot(self, batch_index: int) -> _Slot:
+        return self._slots[batch_index % self.slots]
+
+    def announce(self, worker: int, row: int, shard: int, sample: int) -> None:
+        cell = self._at[worker]
+        cell[3] = -1  # whoever is killed in the middle of this is at nothing
+        cell[1], cell[2] = row, shard
+        cell[3] = sample
+        cell[0] += 1
+
+    def at(self, worker: int) -> _At:
+        return _At(*self._at[worker, :4].tolist())
+
+    def close(self) -> None:
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+
+
+class _Forked:
+    """A forked process, with as much of Popen's face as is needed.
+
+    Not multiprocessing's: its processes may not have children where they are daemons, and are waited for at exit.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._code: int | None = None
+        with warnings.catch_warnings():
+            # From Python 3.12 a fork beside any library's threads is warned of. Python's own were looked at.
+            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+            self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                work()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+
+    def kill(self) -> None:
+        if self._code is None:
+            with contextlib.suppress(ProcessLookupError):  # somebody else has waited for it
+                os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self, timeout: float) -> int:
+        end, pause = time.monotonic() + timeout, 0.0005
+        while self._code is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else has
+                pid, status = self.pid, 0
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            else:
+                time.sleep(pause := min(2 * pause, 0.05))
+        return self._code
+
+
+def _rounded(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
+def _memory_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("seer-batches", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _cause(code: int | None) -> str:
+    if code is None:
+        return "cannot be ended"
+    if code >= 0:
+        return f"left with exit code {code}"
+    try:
+        return f"by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"by signal {-code}"
+
+
+# What runs in a worker.
+
+
+def serve_anew(task_file: int, ring_file: int, briefing: int, number: int, parent: int) -> None:
+    """A worker that was started anew, with the files that it was handed."""
+    _leave_signals_to_the_parent(parent)
+    its = socket.socket(fileno=task_file)
+    try:
+        with mmap.mmap(briefing, 0, prot=mmap.PROT_READ) as written:
+            assembler, slots, workers = pickle.loads(written)
+        ring = _Ring(assembler, slots, workers, ring_file)
+    except Exception:
+        its.sendall(_line("bug", traceback.format_exc()))
+        return
+    _serve(its, assembler, ring, number)
+
+
+def _serve_forked(
+    inherited: Sequence[socket.socket],
+    its: socket.socket,
+    assembler: BatchAssembler,
+    ring: _Ring,
+    number: int,
+    parent: int,
+) -> None:
+    _leave_signals_to_the_parent(parent)
+    for other in inherited:  # else the others would not see the end of a parent that dies
+        other.close()
+    _serve(its, assembler, ring, number)
+
+
+def _serve(its: socket.socket, assembler: BatchAssembler, ring: _Ring, number: int) -> None:
+    assembler.announce = partial(ring.announce, number)
+    with its.makefile("rb") as lines:
+        for line in lines:
+            word, *what = json.loads(line)
+            if word == "quarantine":
+                assembler.quarantine.update((shard, sample) for shard, sample in what[0])
+                continue
+            batch_index, start, stop = what
+            slot = ring.slot(batch_index)
+            try:
+                bad = assembler.fill(batch_index, range(start, stop), slot.crops, slot.photometric)
+                answer = _line("bad", [astuple(sample) for sample in bad])
+            except UserError as error:
+                answer = _line("user_error", [error.what, error.rule, error.remedy])
+            except Exception:
+                answer = _line("bug", traceback.format_exc())
+            ring.announce(number, -1, -1, -1)  # what kills it between two tasks is nobody's fault
+            its.sendall(answer)
+
+
+def _leave_signals_to_the_parent(parent: int) -> None:
+    # The run's own handlers and the terminal's Ctrl-C are for the main process, which ends the workers when it is done.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before
+            os._exit(1)
+
+
+def _line(kind: str, what: Any) -> bytes:
+    return json.dumps([kind, what]).encode() + b"\n"
