@@ -8,8 +8,7 @@
 #     -v /data/shards:/shards:ro -v "$PWD/runs":/runs \
 #     seer train experiment=small data.shards='/shards/*.tar' run_dir=/runs/small
 #
-# --shm-size  data workers hand over batches in /dev/shm, where Docker gives 64 MB: too little for one batch of 256 images
-#             (docs/troubleshooting.md says how much is needed).
+# --shm-size  NCCL connects the GPUs of a machine through /dev/shm, where Docker gives 64 MB; data workers do not use it.
 # -v          shards read-only (their indexes lie beside them, or in data.index_dir); everything that a run keeps is in its
 #             run_dir, so mount that from outside or the run dies with the container.
 # --user      so that the run's files belong to you; without it they belong to the image's user 1000.

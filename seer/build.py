@@ -16,9 +16,11 @@ from seer.backbones.initial_values import initialise
 from seer.backbones.regnet import FAMILY, RegNetShape, RegNetY, regnet_shape
 from seer.config import CropConfig, DataConfig, TrainConfig
 from seer.data.crops import CropSpec
+from seer.data.decode import ImageLimits
+from seer.data.mixture import open_shards
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.stream import DataStream
-from seer.derived import Resolved
+from seer.derived import Resolved, resolve_order
 from seer.errors import UserError
 from seer.objectives.outcome import Outcome
 from seer.objectives.swav import SwAV
@@ -29,7 +31,6 @@ from seer.optim.schedules import WarmupCosine
 from seer.parallel import strategies
 from seer.parallel.sync_batchnorm import synchronise_batchnorms
 from seer.rank_environment import rank_environment
-from seer.shard_index import ShardList
 
 Optimizer = LARC | MaskedAdamW
 
@@ -280,17 +281,35 @@ def crop_specs(data: DataConfig) -> list[CropSpec]:
     return [spec(data.large)] + ([spec(data.small)] if data.small.count else [])
 
 
+def image_limits(data: DataConfig) -> ImageLimits:
+    """Which images are refused before they are decoded."""
+    limits = data.limits
+    return ImageLimits(
+        max_pixels=limits.max_pixels,
+        max_side=limits.max_side,
+        min_side=limits.min_side,
+        max_aspect_ratio=limits.max_aspect_ratio,
+        max_bytes=limits.max_bytes,
+    )
+
+
 def stream(config: TrainConfig, *, workers: int) -> DataStream:
     """The stream of batches over the configured shards."""
     index_dir = config.data.index_dir
+    shards, sources = open_shards(config.data.shards, config.data.mixture, Path(index_dir) if index_dir else None)
+    mixing = resolve_order(config, samples=shards.samples, shards=int((shards.counts > 0).sum()))
     return DataStream(
-        ShardList.open(config.data.shards, Path(index_dir) if index_dir else None),
+        shards,
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
         crops=crop_specs(config.data),
         flip_probability=config.data.flip_probability,
         photometric=photometric_spec(config.data),
+        limits=image_limits(config.data),
         workers=workers,
+        lanes=mixing["data.lanes"].value,
+        window=mixing["data.window_images"].value or None,
+        sources=sources,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )

@@ -59,19 +59,47 @@ class PhotometricConfig:
 
 
 @dataclass
+class LimitsConfig:
+    """Which images are refused before they are decoded; they are replaced and counted like damaged ones."""
+
+    max_pixels: int = 64_000_000
+    """Most pixels, width times height."""
+    max_side: int = 30_000
+    """Longest side, pixels."""
+    min_side: int = 1
+    """Shortest side, pixels."""
+    max_aspect_ratio: float = 20.0
+    """Largest ratio of the longer to the shorter side."""
+    max_bytes: int = 64_000_000
+    """Largest file, bytes."""
+
+
+@dataclass
 class DataConfig:
     """Where images come from and how they are cut."""
 
     shards: list[str] = field(default_factory=list)
     """Tar shards: patterns with *, ?, [0-9], {000..127}. `seer shards pack` makes them and their indexes."""
+    mixture: list[str] = field(default_factory=list)
+    """Instead of shards, several sources in fixed shares of every batch: NAME WEIGHT PATTERN each."""
     index_dir: str | None = None
     """Folder that holds the indexes of shards whose own folder cannot be written; default: beside the tar."""
     workers: int | None = None
     """Processes that decode and crop; 0 does it in the main process. Default: from the number of cores."""
+    lanes: int | None = None
+    """Parts of a batch that read shards of their own, a divisor of the global batch. Default: 1, or up to 64 where the
+    images are so many that they are mixed in windows."""
+    window_images: int | None = None
+    """Images of a lane that are mixed at a time, at most: it bounds the shards that are in use. 0: the whole epoch.
+    Default: 0, or about 2.56 million over all lanes where there are more."""
     large: CropConfig = field(default_factory=CropConfig)
     """The crops that get assignments, at least two."""
     small: CropConfig = field(default_factory=lambda: CropConfig(count=4, size=96, min_area=0.05, max_area=0.14))
     """The crops that are only predicted."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """Which images are refused."""
+    max_bad_share: float = 0.05
+    """Most images that may be bad, as a share of the last 10,000 or so (at least 1,000); beyond it the run stops."""
     flip_probability: float = 0.5
     """Share of crops that are mirrored left to right."""
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)

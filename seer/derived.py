@@ -6,6 +6,13 @@ import os
 from typing import Any, NamedTuple
 
 from seer.config import TrainConfig
+from seer.source_list import quotas, read_sources
+
+# Up to so many images are mixed as a whole; of more, about so many at a time: 64 lanes of 40,000.
+MIXED_IMAGES = 2_560_000
+_MOST_LANES = 64
+# A lane's window covers at least so many shards, and a lane has several windows.
+_SHARDS_A_WINDOW, _SHARDS_A_LANE = 4, 8
 
 
 class Resolved(NamedTuple):
@@ -59,3 +66,47 @@ def resolve(
         "train.threads": config.train.threads,
     }
     return derived | {key: Resolved(value, "given") for key, value in given.items() if value is not None}
+
+
+def resolve_order(config: TrainConfig, *, samples: int, shards: int) -> dict[str, Resolved]:
+    """How images are mixed, by dotted key: it needs the data, so it is derived once the shards are open.
+
+    It depends on neither processes nor machines: a batch is the same on any of them.
+
+    Args:
+        config: a configuration that `validate` accepted.
+        samples: images in all shards.
+        shards: shards that hold images.
+
+    Returns:
+        data.lanes and data.window_images (0: the whole epoch), both int; and data.mixture (the images of each source in
+        a batch, by name) where sources are mixed.
+    """
+    given_lanes, given_window = config.data.lanes, config.data.window_images
+    small = samples <= MIXED_IMAGES
+    if given_lanes is not None:
+        lanes = Resolved(given_lanes, "given")
+    elif small:
+        lanes = Resolved(1, f"{samples:,} images are mixed as a whole")
+    else:
+        batch, most = config.train.global_batch_size, max(1, min(_MOST_LANES, shards // _SHARDS_A_LANE))
+        found = max(lane for lane in range(1, min(most, batch) + 1) if batch % lane == 0)
+        words = f"up to {_MOST_LANES} parts of a batch that read {_SHARDS_A_LANE} or more of {shards:,} shards each"
+        lanes = Resolved(found, f"{words}; a divisor of {batch}")
+    if given_window is not None:
+        window = Resolved(given_window, "given")
+    elif small:
+        window = Resolved(0, f"{samples:,} images are mixed as a whole")
+    else:
+        images = max(MIXED_IMAGES // lanes.value, _SHARDS_A_WINDOW * samples // shards)
+        words = f"{lanes.value * images:,} of {samples:,} images are mixed at a time"
+        window = Resolved(images, f"{words}, {_SHARDS_A_WINDOW} shards a lane or more")
+    derived = {"data.lanes": lanes, "data.window_images": window}
+    if sources := read_sources(config.data.mixture):
+        batch = config.train.global_batch_size
+        shares = quotas([source.weight for source in sources], batch // lanes.value)
+        images = {source.name: share * lanes.value for source, share in zip(sources, shares, strict=True)}
+        derived["data.mixture"] = Resolved(
+            images, f"images of each source in a batch of {batch}, the same in every lane"
+        )
+    return derived

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import yaml
 
+from seer.config import TrainConfig, freeze
 from seer.errors import UserError
 from seer.files import cannot_write, write_atomically
 from seer.run_lock import RunLock, in_use
@@ -41,7 +42,15 @@ _IDENTITY = (
     "train.init_from",
     "parallel.sync_batchnorm",
 )
-_FREE = ("data.workers", "data.index_dir")
+_FREE = ("data.workers", "data.index_dir", "data.max_bad_share")
+# What these mean for the batches stands in the data's identity: where that is known, their spelling does not matter.
+_IN_DATA_IDENTITY = ("data.shards", "data.mixture", "data.lanes", "data.window_images")
+_DATA_NAMES = {
+    "data: index_digest": "data.shards, contents",
+    "data: lanes": "data.lanes",
+    "data: window: epoch": "data.window_images: 0",
+    "data: window": "data.window_images",
+}
 _ABSENT = "(not given)"
 
 
@@ -215,8 +224,10 @@ def check_can_run(run_dir: str | Path, config: Mapping[str, Any], *, take_over: 
         raise taken
     if _has_begun(folder) and (before := _load(folder)) is not None:
         # What the shards hold is compared when the run goes on; how they are spelt does not matter.
-        shards = {"data": before["config"]["data"] | {"shards": config["data"]["shards"]}}
-        _agree_or_raise(folder, before | {"config": before["config"] | shards}, _freeze(config, None, None))
+        names = [key.removeprefix("data.") for key in _IN_DATA_IDENTITY]
+        spelt = {name: config["data"][name] for name in names if name in config["data"]}
+        data = {"data": before["config"]["data"] | spelt}
+        _agree_or_raise(folder, before | {"config": before["config"] | data}, _freeze(config, None, None))
 
 
 def free_from_elsewhere(run_dir: str | Path) -> None:
@@ -377,17 +388,22 @@ def _has_begun(folder: Path) -> bool:
 def _agree_or_raise(folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
     if before is None:
         return
-    old = dict(_flat(before["config"])) | {f"data: {key}": at for key, at in before.get("data", {}).items()}
-    new = dict(_flat(now["config"])) | {f"data: {key}": at for key, at in now.get("data", {}).items()}
+    # A key that came later than the run has its default in it.
+    defaults = dict(_flat(freeze(TrainConfig())))
+    old = defaults | dict(_flat(before["config"])) | {f"data: {key}": at for key, at in before.get("data", {}).items()}
+    new = defaults | dict(_flat(now["config"])) | {f"data: {key}": at for key, at in now.get("data", {}).items()}
     known = bool(before.get("data")) and bool(now.get("data"))
     differing = [
         f"{key}: {_short(old.get(key, _ABSENT))} -> {_short(new.get(key, _ABSENT))}"
         for key in dict.fromkeys([*old, *new])
-        if _binds(key, data_known=known) and old.get(key, _ABSENT) != new.get(key, _ABSENT)
+        if _binds(key, data_known=known)
+        and old.get(key, _ABSENT) != new.get(key, _ABSENT)
+        # Earlier versions did not record it; data.limits.* bind by themselves.
+        and not (key == "data: limits" and key not in old)
     ]
     # What the batches are made of follows from the configuration: it is named only where the shards themselves changed.
     named = [line for line in differing if not line.startswith("data: ")]
-    differing = named or [line.replace("data: index_digest", "data.shards, contents") for line in differing]
+    differing = named or [_named(line) for line in differing]
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UserError(
@@ -395,6 +411,14 @@ def _agree_or_raise(folder: Path, before: dict[str, Any] | None, now: dict[str, 
             "a run goes on with the values it began with",
             "use those, name another run_dir, or delete the folder",
         )
+
+
+def _named(difference: str) -> str:
+    """A difference of the data's identity in the words of the configuration."""
+    for found, name in _DATA_NAMES.items():
+        if difference.startswith(found):
+            return name + difference.removeprefix(found)
+    return difference
 
 
 def _short(value: Any) -> str:
@@ -406,7 +430,7 @@ def _binds(key: str, *, data_known: bool) -> bool:
     """Whether a key must be the same when a run goes on."""
     if key.startswith("data: "):
         return data_known
-    if key in _FREE or (key == "data.shards" and data_known):
+    if key in _FREE or (key in _IN_DATA_IDENTITY and data_known):
         return False
     return any(key == bound or key.startswith(bound + ".") for bound in _IDENTITY)
 

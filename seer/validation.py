@@ -19,6 +19,7 @@ from seer.config import (
     TrainSection,
 )
 from seer.errors import UserError, closest
+from seer.source_list import read_sources
 
 # Options of sbatch that `launch.extra_sbatch` may not give: what to do instead.
 SBATCH_OF_LAUNCH = {
@@ -50,7 +51,7 @@ def validate(config: TrainConfig, *, world_size: int = 1) -> None:
         raise UserError("run_dir is empty", "a run needs a folder of its own", "write run_dir=runs/first")
     _at_least("seed", config.seed, 0)
     _validate_train(config.train, world_size)
-    _validate_data(config.data)
+    _validate_data(config.data, config.train)
     _validate_backbone(config.backbone)
     _validate_objective(config.objective, config.train)
     _validate_optimizer(config.optimizer, config.train)
@@ -81,8 +82,15 @@ def _validate_train(train: TrainSection, world_size: int) -> None:
         raise UserError("train.init_from is empty", "it names an exported .safetensors file", "give one, or write null")
 
 
-def _validate_data(data: DataConfig) -> None:
-    if not data.shards:
+def _validate_data(data: DataConfig, train: TrainSection) -> None:
+    sources = read_sources(data.mixture)
+    if sources and data.shards:
+        raise UserError(
+            "data.mixture is given beside data.shards",
+            "images come from one or the other",
+            "write the shards as a source of the mixture, or leave one of them out",
+        )
+    if not data.shards and not sources:
         raise UserError(
             "data.shards is empty",
             "a run reads tar shards",
@@ -92,6 +100,15 @@ def _validate_data(data: DataConfig) -> None:
     if data.index_dir == "":
         raise UserError("data.index_dir is empty", "it names a folder", "give one, or write null")
     _at_least("data.workers", data.workers, 0)
+    _at_least("data.lanes", data.lanes, 1)
+    _at_least("data.window_images", data.window_images, 0)
+    batch = train.global_batch_size
+    if data.lanes is not None and batch % data.lanes:
+        raise UserError(
+            f"data.lanes={data.lanes} with train.global_batch_size={batch}",
+            "each lane fills equally many places of a batch",
+            f"use a divisor of {batch}, such as {math.gcd(data.lanes, batch)}",
+        )
     if data.large.count < 2:
         raise UserError(
             f"data.large.count={data.large.count}",
@@ -105,6 +122,18 @@ def _validate_data(data: DataConfig) -> None:
         _inside(f"{key}.min_area", crops.min_area, 0, 1, open_below=True)
         _inside(f"{key}.max_area", crops.max_area, 0, 1, open_below=True)
         _ordered(f"{key}.min_area", crops.min_area, f"{key}.max_area", crops.max_area)
+    limits = data.limits
+    if limits.max_pixels > 178_956_970:
+        raise UserError(
+            f"data.limits.max_pixels={limits.max_pixels}",
+            "Pillow decodes no more than 178,956,970, which are several GB in a data worker",
+            "use at most that",
+        )
+    for name in ("max_pixels", "max_side", "min_side", "max_bytes"):
+        _at_least(f"data.limits.{name}", getattr(limits, name), 1)
+    _ordered("data.limits.min_side", limits.min_side, "data.limits.max_side", limits.max_side)
+    _inside("data.limits.max_aspect_ratio", limits.max_aspect_ratio, 1, math.inf)
+    _inside("data.max_bad_share", data.max_bad_share, 0, 1)
     _inside("data.flip_probability", data.flip_probability, 0, 1)
     colour = data.photometric
     for name in ("jitter_probability", "brightness", "contrast", "saturation"):

@@ -52,3 +52,38 @@ def test_checkpoint_benchmark_ends_with_its_ratios(tmp_path: Path, ranks: int) -
     assert written["summary"] == told and written["ranks"] == ranks
     assert all(len(times) == 2 for times in written["seconds"].values())
     assert os.listdir(tmp_path) == ["checkpoint.json"]
+
+
+def test_pack_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "bench_pack.py"
+    ran = subprocess.run(
+        [sys.executable, script, "--quick", "--folder", tmp_path, "--out", tmp_path / "pack.json"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout.splitlines()[-1])
+    assert told.keys() == {
+        "cp_wall_ratio", "cp_cpu_ratio", "tar_wall_ratio", "tar_cpu_ratio", "files_a_cpu_second",
+    }  # fmt: skip
+    written = json.loads((tmp_path / "pack.json").read_text())
+    assert written["summary"] == told and written["files"] == 200 and len(written["seconds"]["pack"]) == 2
+    assert os.listdir(tmp_path) == ["pack.json"]
+
+
+def test_pool_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
+    out = tmp_path / "pool.json"
+    script = ROOT / "benchmarks" / "bench_pool.py"
+    ran = subprocess.run(
+        [sys.executable, script, "--batch", "8", "--batches", "2", "--rounds", "1", "--out", out],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout.splitlines()[-1])
+    assert told.keys() == {"main_ms", "main_ratio", "cpu_ratio", "speed_ratio", "cpu_efficiency"}
+    assert json.loads(out.read_text())["summary"] == told

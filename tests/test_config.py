@@ -16,7 +16,7 @@ from seer.config import (
     TrainConfig,
     freeze,
 )
-from seer.derived import resolve
+from seer.derived import MIXED_IMAGES, resolve, resolve_order
 from seer.errors import UserError
 from seer.objectives import sinkhorn
 from seer.validation import validate
@@ -58,6 +58,7 @@ CUSTOM = {
         {"evaluation__train": ["a"], "evaluation__val": ["b"]},
         {"parallel__strategy": "single"},
         {"data__photometric__hue": 0.5},
+        {"data__limits__max_pixels": 178_956_970, "data__limits__max_aspect_ratio": 1.0, "data__max_bad_share": 0.0},
     ],
 )
 def test_accepted(values: dict[str, Any]) -> None:
@@ -85,6 +86,16 @@ def test_accepted(values: dict[str, Any]) -> None:
             {"data__large__min_area": 0.9, "data__large__max_area": 0.5},
             "data.large.min_area=0.9 with data.large.max_area",
         ),
+        ({"data__limits__max_pixels": 178_956_971}, "use at most that"),
+        ({"data__limits__max_pixels": 0}, "data.limits.max_pixels=0: at least 1"),
+        ({"data__limits__min_side": 0}, "data.limits.min_side=0: at least 1"),
+        (
+            {"data__limits__max_side": 8, "data__limits__min_side": 9},
+            "data.limits.min_side=9 with data.limits.max_side=8",
+        ),
+        ({"data__limits__max_bytes": 0}, "data.limits.max_bytes=0: at least 1"),
+        ({"data__limits__max_aspect_ratio": 0.5}, "data.limits.max_aspect_ratio=0.5: at least 1"),
+        ({"data__max_bad_share": 1.1}, "data.max_bad_share=1.1"),
         ({"data__flip_probability": 1.1}, "data.flip_probability=1.1"),
         ({"data__flip_probability": math.nan}, "data.flip_probability=nan"),
         ({"data__photometric__grayscale_probability": -0.1}, "grayscale_probability=-0.1"),
@@ -238,3 +249,55 @@ def test_defaults_are_not_shared() -> None:
     one, other = BackboneConfig(), BackboneConfig()
     one.stage_strides.append(1)
     assert other.stage_strides == [2, 2, 2, 2]
+
+
+def test_data_of_ordinary_size_is_mixed_as_a_whole() -> None:
+    for samples in (300, 50_000, 1_281_167, MIXED_IMAGES):
+        found = resolve_order(valid(), samples=samples, shards=100)
+        assert found["data.lanes"].value == 1 and found["data.window_images"].value == 0
+        assert f"{samples:,} images" in found["data.lanes"].reason
+
+
+@pytest.mark.parametrize(
+    ("samples", "shards", "batch", "lanes", "window"),
+    [
+        (10**9, 100_000, 4096, 64, 40_000),  # four shards of 10,000
+        (10**8, 100_000, 4096, 64, 40_000),  # forty of 1,000
+        (10**9, 10_000, 4096, 64, 400_000),  # four of 100,000
+        (10**9, 100_000, 1000, 50, 51_200),  # a divisor of the batch
+        (10**9, 100_000, 4099, 1, 2_560_000),  # it has none
+        (10**7, 100, 4096, 8, 400_000),  # lanes have shards enough
+        (10**7, 3, 4096, 1, 4 * 10**7 // 3),
+        (10**7, 10_000, 16, 16, 160_000),
+    ],
+)
+def test_big_data_is_mixed_in_lanes_and_windows(samples: int, shards: int, batch: int, lanes: int, window: int) -> None:
+    config = valid(train__global_batch_size=batch)
+    found = resolve_order(config, samples=samples, shards=shards)
+    assert (found["data.lanes"].value, found["data.window_images"].value) == (lanes, window)
+    assert batch % lanes == 0 and "mixed at a time" in found["data.window_images"].reason
+
+
+def test_given_lanes_and_windows_are_taken() -> None:
+    found = resolve_order(valid(data__lanes=4, data__window_images=0), samples=10**9, shards=10**5)
+    assert found == {"data.lanes": (4, "given"), "data.window_images": (0, "given")}
+    window = resolve_order(valid(data__lanes=4), samples=10**9, shards=10**5)["data.window_images"]
+    assert window.value == 640_000 and window.reason.startswith("2,560,000 of 1,000,000,000 images")
+
+
+def test_a_mixture_stands_instead_of_shards() -> None:
+    validate(valid(data__shards=[], data__mixture=["web 1 a.tar"]))
+    with pytest.raises(UserError, match=r"data.mixture is given beside data.shards"):
+        validate(valid(data__mixture=["web 1 a.tar"]))
+    mixture = ["web 2 a.tar", "own 1 b.tar"]
+    found = resolve_order(valid(data__mixture=mixture, data__lanes=4), samples=10**4, shards=9)["data.mixture"]
+    assert found.value == {"web": 172, "own": 84}  # 43 and 21 in each of four lanes
+
+
+def test_lanes_divide_a_batch() -> None:
+    validate(valid(data__lanes=64, data__window_images=0))
+    with pytest.raises(UserError, match=r"data.lanes=48 with train.global_batch_size=256: .*, such as 16"):
+        validate(valid(data__lanes=48))
+    for key in ("lanes", "window_images"):
+        with pytest.raises(UserError, match=f"data.{key}=-1"):
+            validate(valid(**{f"data__{key}": -1}))

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from seer.config import TrainConfig, freeze
 from seer.errors import UserError
-from seer.run_directory import RunDirectory, read_result, read_run
+from seer.run_directory import RunDirectory, check_can_run, read_result, read_run
 
 CONFIG = {
     "run_dir": "RUN",
@@ -109,6 +110,17 @@ def test_moved_shards_are_the_same_data_if_their_digest_is(tmp_path):
     RunDirectory.open(tmp_path, moved, data={"index_digest": "ab", "areas": [(0.1, 1.0)]}).close()
     with pytest.raises(UserError, match=r"data\.shards, contents: ab -> cd"):
         RunDirectory.open(tmp_path, moved, data={"index_digest": "cd", "areas": [(0.1, 1.0)]})
+
+
+def test_lanes_are_compared_by_what_they_mean(tmp_path):
+    """A run that derived its lanes, or began before they had keys, goes on with the same ones written down."""
+    begun(tmp_path, CONFIG, data={"lanes": 1, "window": "epoch"})
+    given = changed("data.lanes", 1)
+    given["data"]["window_images"] = None
+    check_can_run(tmp_path, given)
+    RunDirectory.open(tmp_path, given, data={"lanes": 1, "window": "epoch"}).close()
+    with pytest.raises(UserError, match=r"\(data\.lanes: 1 -> 64, data\.window_images: 0 -> 40000\)"):
+        RunDirectory.open(tmp_path, given, data={"lanes": 64, "window": 40_000})
 
 
 def test_a_run_that_took_no_step_binds_nobody(tmp_path):
@@ -254,3 +266,15 @@ def test_folder_that_is_no_run(tmp_path):
     (tmp_path / "config.yaml").write_text("just words")
     with pytest.raises(UserError, match="no configuration of a run"):
         read_run(Path(tmp_path))
+
+
+def test_a_key_that_came_later_than_the_run_has_its_default_in_it(tmp_path):
+    old = freeze(TrainConfig())
+    del old["data"]["limits"]["max_bytes"]
+    with RunDirectory.open(tmp_path / "run", old, data={"seed": 0}) as run:
+        run.metrics.touch()
+    new = freeze(TrainConfig())
+    RunDirectory.open(tmp_path / "run", new, data={"seed": 0, "limits": [1]}).close()
+    new["data"]["limits"]["max_bytes"] = 5
+    with pytest.raises(UserError, match=r"data\.limits\.max_bytes: 64000000 -> 5"):
+        RunDirectory.open(tmp_path / "run", new, data={"seed": 0})

@@ -122,10 +122,15 @@ def _trained_only(given: argparse.Namespace, saved: SavedRun, bank: ShardList, q
     from seer.evaluation.knn import knn_top1
 
     network = saved.backbone.to(saved.device)
-    size = saved.config.data.large.size
     known, asked = (
         image_features(
-            network, shards, image_size=size, max_images=at_most, device=saved.device, dtype=saved.backbone_dtype
+            network,
+            shards,
+            image_size=saved.config.data.large.size,
+            limits=saved.limits,
+            max_images=at_most,
+            device=saved.device,
+            dtype=saved.backbone_dtype,
         )
         for shards, at_most in ((bank, given.max_train), (queries, given.max_val))
     )
@@ -150,6 +155,7 @@ def _with_baselines(
         bank,
         queries,
         image_size=saved.config.data.large.size,
+        limits=saved.limits,
         k=given.k,
         temperature=given.temperature,
         max_bank_images=given.max_train,

@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
 
 def _checked(config: TrainConfig, *, take_over: bool) -> Placement:
     """Everything that can be refused before something is written or queued."""
-    from seer.data.order import ShardOrder  # imports numpy, which the help does without
+    from seer.data.mixture import open_shards, order_of  # imports numpy, which the help does without
     from seer.shard_index import ShardList
 
     validate_launch(config.launch)
@@ -69,8 +69,8 @@ def _checked(config: TrainConfig, *, take_over: bool) -> Placement:
     if config.launch.name == "slurm" and "%" in config.run_dir:
         raise UserError(f"run_dir={config.run_dir}", "SLURM reads % in a path as a pattern", "choose a name without %")
     index_dir = Path(config.data.index_dir) if config.data.index_dir else None
-    shards = ShardList.open(config.data.shards, index_dir)
-    ShardOrder(shards.counts, seed=config.seed, global_batch_size=config.train.global_batch_size)
+    shards, sources = open_shards(config.data.shards, config.data.mixture, index_dir)
+    order_of(shards.counts, sources, seed=config.seed, global_batch_size=config.train.global_batch_size)
     for patterns in (config.evaluation.train, config.evaluation.val):
         if config.evaluation.every_steps:
             ShardList.open(patterns)

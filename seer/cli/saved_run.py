@@ -12,6 +12,7 @@ from seer.backbones.regnet import RegNetY
 from seer.checkpoint.store import CheckpointStore
 from seer.compose import thaw
 from seer.config import TrainConfig
+from seer.data.decode import ImageLimits
 from seer.errors import UserError
 from seer.run_directory import checkpoints_of, read_run
 
@@ -27,6 +28,11 @@ class SavedRun(NamedTuple):
     def device(self) -> torch.device:
         """Where to compute: this machine's GPU if it has one, wherever the run was trained."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def limits(self) -> ImageLimits:
+        """Which images the run refused."""
+        return build.image_limits(self.config.data)
 
     @property
     def backbone_dtype(self) -> torch.dtype:

@@ -2,10 +2,14 @@
 
 An epoch is a keyed permutation of all samples, cut into whole batches. Any batch of any epoch is found directly, in
 memory proportional to the number of shards: a run resumes anywhere, and ranks and workers need not talk to each other.
+
+Where shards are fetched as a whole, *lanes* let neighbouring slots of a batch (a rank, a node) read shards of their
+own, and *windows* bound how many of them are needed at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +21,7 @@ from seer.keyed_random import key, splitmix64
 _ROUNDS = 4
 # A Feistel network over few elements is a poor permutation; so few are cheap to sort.
 _SORT_BELOW = 1024
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's own step between keys that shall be unrelated
 
 Int64s = NDArray[np.int64]
 UInt64s = NDArray[np.uint64]
@@ -25,29 +30,58 @@ UInt64s = NDArray[np.uint64]
 class ShardOrder:
     """The order of samples: batch b, slot i -> (shard, sample in the shard), a pure function of the arguments.
 
-    Within an epoch no sample comes twice; fewer than ``global_batch_size`` samples (the remainder) do not come at all,
-    other ones in each epoch.
+    The shards of an epoch stand in a keyed order, turned by a keyed offset and cut into ``lanes`` equal segments. Slot
+    i belongs to lane i // (global_batch_size / lanes) and is filled from that segment, whose windows follow each other;
+    in a window the samples are permuted. One lane and one window: a permutation of everything.
+
+    Tail: an epoch has ``batches_per_epoch`` batches, on every rank. Within it no sample comes twice; fewer than
+    ``global_batch_size + lanes`` samples (the remainder) do not come at all, other ones in each epoch: each sample is
+    left out equally rarely.
 
     Args:
         counts: (S,) samples of each shard; zeros are allowed.
         seed: the run's seed.
         global_batch_size: images of a batch, over all ranks.
+        lanes: segments that fill their own slots of each batch; a divisor of global_batch_size.
+        window: samples of a lane that are mixed at a time, at most; None: all.
+
+    Attributes:
+        counts, samples: of each shard (S,), and of all.
+        batches_per_epoch: whole batches in a pass over the data.
 
     Raises:
-        UserError: there are fewer samples than one batch needs.
+        UserError: there are fewer samples than one batch needs, or lanes that do not divide a batch.
     """
 
-    def __init__(self, counts: Sequence[int] | Int64s, *, seed: int, global_batch_size: int) -> None:
+    def __init__(
+        self,
+        counts: Sequence[int] | Int64s,
+        *,
+        seed: int,
+        global_batch_size: int,
+        lanes: int = 1,
+        window: int | None = None,
+    ) -> None:
+        if global_batch_size % lanes:
+            raise UserError(
+                f"data.lanes={lanes} with train.global_batch_size={global_batch_size}",
+                "each lane fills equally many places of a batch",
+                f"use a divisor of {global_batch_size}, such as {math.gcd(lanes, global_batch_size)}",
+            )
         self.counts = np.asarray(counts, dtype=np.int64)
         self.samples = int(self.counts.sum())
-        self.seed, self.global_batch_size = seed, global_batch_size
-        self.batches_per_epoch = self.samples // global_batch_size
+        self.seed, self.global_batch_size, self.lanes = seed, global_batch_size, lanes
+        self._lane_samples, self._lane_slots = self.samples // lanes, global_batch_size // lanes
+        self.batches_per_epoch = self._lane_samples // self._lane_slots
         if self.batches_per_epoch == 0:
             raise UserError(
                 f"{self.samples} samples in {len(self.counts)} shard{'s' * (len(self.counts) != 1)}",
                 f"one batch needs {global_batch_size} (train.global_batch_size)",
                 "name more shards or take a smaller batch",
             )
+        # Equal windows: a short last one would mix little.
+        windows = 1 if window is None else -(-self._lane_samples // window)
+        self._window = -(-self._lane_samples // windows)
         self._cached_epoch = -1
         self._shard_at: Int64s = np.empty(0, np.int64)
         self._ends: Int64s = np.empty(0, np.int64)
@@ -68,10 +102,19 @@ class ShardOrder:
         """
         epoch, batch = divmod(batch_index, self.batches_per_epoch)
         self._enter(epoch)
-        places = (batch * self.global_batch_size + np.asarray(slots)).astype(np.uint64)
-        mixed = permuted(places, self.samples, key(self.seed, "order", epoch)).astype(np.int64)
+        lane, slot = np.divmod(np.asarray(slots, np.int64), self._lane_slots)
+        window, place = np.divmod(batch * self._lane_slots + slot, self._window)
+        first = window * self._window
+        sizes = np.minimum(self._lane_samples - first, self._window)
+        numbers = (lane.astype(np.uint64) << np.uint64(32)) | window.astype(np.uint64)
+        keys = key(self.seed, "order", epoch) + numbers * GOLDEN
+        mixed = np.empty_like(place)
+        for size in np.unique(sizes).tolist():  # one, or two where the last window begins in this batch
+            at = sizes == size
+            mixed[at] = permuted(place[at].astype(np.uint64), size, keys[at])
         # The batches cover the first places only: turned by another offset each epoch, the remainder changes.
-        mixed = (mixed + int(key(self.seed, "offset", epoch)) % self.samples) % self.samples
+        offset = int(key(self.seed, "offset", epoch)) % self.samples
+        mixed = (lane * self._lane_samples + first + mixed + offset) % self.samples
         at = np.searchsorted(self._ends, mixed, side="right")
         shard = self._shard_at[at]
         return shard, mixed - (self._ends[at] - self.counts[shard])
@@ -89,35 +132,42 @@ def sorted_permutation(size: int, permutation_key: np.uint64) -> Int64s:
     return np.argsort(_hash(np.arange(size, dtype=np.uint64), permutation_key), kind="stable")
 
 
-def permuted(places: UInt64s, size: int, permutation_key: np.uint64) -> UInt64s:
-    """The images of some places under a keyed permutation of range(size), without holding the permutation.
+def permuted(places: UInt64s, size: int, keys: np.uint64 | UInt64s) -> UInt64s:
+    """The images of some places under keyed permutations of range(size), without holding the permutations.
 
     A Feistel network permutes the next even power of two; what falls outside is sent through again until it falls
     inside (cycle walking: fewer than four times on average). Below 1,024 elements the permutation is sorted instead.
 
     Args:
         places: (n,) uint64, each below size.
+        keys: of the permutation; or (n,), of each place's own.
     """
+    keys = np.broadcast_to(keys, places.shape)
     if size < _SORT_BELOW:
-        return sorted_permutation(size, permutation_key)[places.astype(np.int64)].astype(np.uint64)
+        places = places.copy()
+        for permutation_key in np.unique(keys):
+            at = keys == permutation_key
+            places[at] = sorted_permutation(size, permutation_key)[places[at].astype(np.int64)]
+        return places
     half_bits = ((size - 1).bit_length() + 1) // 2
-    keys = _hash(np.arange(_ROUNDS, dtype=np.uint64), permutation_key)
-    places = _feistel(places, keys, half_bits)
+    round_keys = _hash(np.arange(_ROUNDS, dtype=np.uint64)[:, None], keys)
+    places = _feistel(places, round_keys, half_bits)
     outside = np.flatnonzero(places >= size)
     while outside.size:
-        places[outside] = _feistel(places[outside], keys, half_bits)
+        places[outside] = _feistel(places[outside], round_keys[:, outside], half_bits)
         outside = outside[places[outside] >= size]
     return places
 
 
-def _feistel(values: UInt64s, keys: UInt64s, half_bits: int) -> UInt64s:
+def _feistel(values: UInt64s, round_keys: UInt64s, half_bits: int) -> UInt64s:
+    """The network over 2 x half_bits bits; round_keys are (rounds, n), one column a value."""
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
-    for round_key in keys:
-        left, right = right, left ^ (_hash(right, round_key) & mask)
+    for keys in round_keys:
+        left, right = right, left ^ (_hash(right, keys) & mask)
     return (left << shift) | right
 
 
-def _hash(values: UInt64s, hash_key: np.uint64) -> UInt64s:
+def _hash(values: UInt64s, hash_key: np.uint64 | UInt64s) -> UInt64s:
     # Twice: neighbouring values under related keys leave traces in the low bits after one pass.
     return splitmix64(splitmix64(values + hash_key) ^ hash_key)

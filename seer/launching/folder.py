@@ -28,6 +28,7 @@ from seer.config import TrainConfig, freeze
 from seer.files import cannot_write, write_atomically
 from seer.run_directory import launch_folder_of
 from seer.run_lock import RunLock
+from seer.source_list import read_sources
 
 _HEAD = "# Written by seer launch: what the processes of this run read. To change a run, launch it again.\n"
 # What launchers tell their processes: left over in a shell, it would make strangers of ours.
@@ -168,6 +169,7 @@ def absolute(config: TrainConfig) -> TrainConfig:
         data=dataclasses.replace(
             data,
             shards=[path(pattern) if pattern else "" for pattern in data.shards],
+            mixture=[str(source._replace(pattern=path(source.pattern))) for source in read_sources(data.mixture)],
             index_dir=path(data.index_dir) if data.index_dir else data.index_dir,
         ),
         evaluation=dataclasses.replace(

@@ -182,15 +182,15 @@ def images(
 
 
 def shared_memory(found: tuple[int, int] | None) -> Finding:
-    """Size and free bytes of /dev/shm, through which data workers hand their batches over."""
+    """Size and free bytes of /dev/shm, through which NCCL connects the GPUs of a machine."""
     if found is None:
-        return Finding("/dev/shm", "ok", "not here: batches travel through files")
+        return Finding("/dev/shm", "ok", "not here")
     size, free = found
     words = f"{free / GIB:.2f} GiB free of {size / GIB:.2f}"
     if size < GIB:
-        return Finding("/dev/shm", "warning", words, "docker run --shm-size=8g, or data.workers=0")
+        return Finding("/dev/shm", "warning", words, "docker run --shm-size=8g")
     if free < GIB // 2:
-        return Finding("/dev/shm", "warning", words, "remove what dead programs left in /dev/shm, or data.workers=0")
+        return Finding("/dev/shm", "warning", words, "remove what dead programs left in /dev/shm")
     return Finding("/dev/shm", "ok", words)
 
 

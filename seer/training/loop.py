@@ -14,8 +14,8 @@ from torch import Tensor
 from seer import build, distributed
 from seer.checkpoint.store import CheckpointStore
 from seer.config import TrainConfig, freeze
-from seer.data.stream import DataStream, lost_worker
-from seer.derived import Resolved, resolve
+from seer.data.stream import DataStream
+from seer.derived import Resolved, resolve, resolve_order
 from seer.errors import EXIT_STOPPED, UserError
 from seer.evaluation.online import OnlineEvaluation
 from seer.handoff.timm_format import export_timm, load_exported
@@ -24,6 +24,7 @@ from seer.observe.watch import Quarantine, Watch
 from seer.rank_environment import rank_environment, told_once
 from seer.run_directory import RunDirectory, checkpoints_of
 from seer.shard_index import ShardList
+from seer.training.bad_share import BadShare
 from seer.training.state import TrainState, fresh_state, load_state, state_tensors
 from seer.training.step import StepSettings, float_crops, set_learning_rate, train_step
 from seer.training.stop import StopRequest
@@ -78,6 +79,7 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         resolved["parallel.strategy"] = strategy
         torch.set_num_threads(resolved["train.threads"].value)
         stream = build.stream(config, workers=resolved["data.workers"].value)
+        resolved |= resolve_order(config, samples=stream.samples, shards=stream.shards)
         evaluation = _evaluation(config)
         peak = resolved["optimizer.learning_rate"].value
         schedule = build.schedule(config, peak=peak, warmup_steps=resolved["optimizer.warmup_steps"].value)
@@ -118,6 +120,13 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         with distributed.together():
             quarantine = Quarantine(run, state.step)
             watch = _watch(config, run, state, stream) if first else None
+        bad_share = BadShare(
+            config.data.max_bad_share,
+            global_batch_size=config.train.global_batch_size,
+            step=state.step,
+            bad_samples=state.bad_samples,
+            lists=str(run.quarantine().with_stem("rank-*" if distributed.world_size() > 1 else "rank-0")),
+        )
         if first:
             _introduce(config, run, stream, state, device, resolved)
         stop = _stop_request(config)
@@ -143,6 +152,7 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
                         skipped_steps=state.skipped_steps,
                         evaluation_follows=evaluating,
                     )
+                bad_share.observe(state.step, state.bad_samples, batch.bad)
                 if evaluation is not None and evaluating:
                     scores = evaluation.score(state.learner.features, device)
                     if watch is not None and scores is not None:
@@ -152,8 +162,6 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
             if saved_step != state.step:
                 _save(checkpoints, state, stop)
         except RuntimeError as error:
-            if lost := lost_worker(error):
-                raise lost from None
             if distributed.lost_rank(error):
                 what = f"another process of the run is gone ({_first_words(error)})"
                 raise distributed.LostRank(f"{what}: the same command goes on from the last checkpoint") from error
@@ -216,6 +224,7 @@ def _evaluation(config: TrainConfig) -> OnlineEvaluation | None:
         ShardList.open(settings.val),
         every_steps=settings.every_steps,
         image_size=config.data.large.size,
+        limits=build.image_limits(config.data),
         max_bank_images=settings.max_train_images,
         max_query_images=settings.max_val_images,
         k=settings.k,
@@ -238,6 +247,8 @@ def _watch(config: TrainConfig, run: RunDirectory, state: TrainState, stream: Da
 
 def _stop_request(config: TrainConfig) -> StopRequest:
     end = slurm.job_end_time() if distributed.rank() == 0 else None
+    if end is None and slurm.job_id() is not None and config.launch.name == "slurm":
+        end = time.time() + 60 * config.launch.time_limit_minutes  # SLURM does not answer; the job is seconds old
     deadline = None if end is None else end - config.launch.stop_before_end_seconds
     return StopRequest(deadline=deadline, patient=slurm.job_id() is not None)
 

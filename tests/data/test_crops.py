@@ -174,8 +174,5 @@ def test_evaluation_crop_equals_resize_then_centre_crop(size: tuple[int, int], s
 
 
 def test_what_workers_import_is_free_of_torch() -> None:
-    modules = ", ".join(
-        f"seer.data.{name}" for name in ("order", "sources", "decode", "crops", "photometric_parameters", "assembly")
-    )
-    code = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
+    code = "import seer.data.pool, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -27,6 +27,7 @@ def test_paths_and_patterns_become_absolute(tmp_path: Path, monkeypatch: pytest.
     found = config(
         "runs/../r",
         "data.index_dir=index",
+        "data.mixture=[web 0.8 w/*.tar,own 0.2 ~/o.tar]",
         "evaluation.train=[a/**/*.tar,/b/[0-9].tar]",
         "evaluation.val=['~/v.tar','s3://bucket/v.tar']",
         "train.init_from=w.safetensors",
@@ -34,6 +35,7 @@ def test_paths_and_patterns_become_absolute(tmp_path: Path, monkeypatch: pytest.
     assert found.run_dir == str(tmp_path / "r")
     assert found.data.shards == [f"{tmp_path}/s-{{000..127}}.tar"]
     assert found.data.index_dir == f"{tmp_path}/index"
+    assert found.data.mixture == [f"web 0.8 {tmp_path}/w/*.tar", "own 0.2 /home/somebody/o.tar"]
     assert found.evaluation.train == [f"{tmp_path}/a/**/*.tar", "/b/[0-9].tar"]
     assert found.evaluation.val == ["/home/somebody/v.tar", "s3://bucket/v.tar"]
     assert found.train.init_from == f"{tmp_path}/w.safetensors"

@@ -108,6 +108,17 @@ def test_requeue_goes_on(cluster: Cluster, shards: str, expected: list[float], t
     assert losses(tmp_path / "run") == expected
 
 
+def test_preemption_goes_on(cluster: Cluster, shards: str, expected: list[float], tmp_path: Path) -> None:
+    """A job of the partition of higher priority takes both nodes for a few seconds."""
+    number = on_two_nodes(cluster, tmp_path / "run", shards, "launch.time_limit_minutes=10", "launch.partition=low")
+    until_step(tmp_path / "run", 12)
+    both_nodes = ("--partition=main", "--nodes=2", "--ntasks-per-node=2")
+    other = cluster.submit("sleep 5", *both_nodes, folder=tmp_path)
+    assert cluster.wait_for(number, "COMPLETED", seconds=300)["Restarts"] == "1"
+    assert cluster.job(other)["JobState"] == "COMPLETED"
+    assert losses(tmp_path / "run") == expected
+
+
 @pytest.mark.parametrize("node", [2, 1])
 def test_power_cut_goes_on(cluster: Cluster, shards: str, expected: list[float], tmp_path: Path, node: int) -> None:
     """Node 1 holds rank 0, the run's lock and the job's script."""

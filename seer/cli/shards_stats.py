@@ -1,0 +1,51 @@
+"""What `seer shards stats` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from seer.cli.amounts import many, said, share
+from seer.shards.stats import QUANTILES, Stats, class_name
+
+_CLASSES = 20  # of more, the largest and the smallest are shown
+
+
+def described(found: Stats) -> Iterator[str]:
+    every = "all images" if found.sampled == found.images else f"{many(found.sampled, 'image')}, evenly spread"
+    yield f"decoded: {every}"
+    yield "formats: " + ", ".join(f"{word} {share(count, found.sampled)}" for word, count in found.formats.items())
+    told = ", ".join(f"{reason} {share(count, found.sampled)}" for reason, count in found.bad.items())
+    yield f"cannot be used: {told or 'none'}"
+    quantiles = found.quantiles()
+    if quantiles:
+        yield (
+            f"{'':14}{'smallest':>9}" + "".join(f"{f'{share:.0%}':>9}" for share in QUANTILES[1:-1]) + f"{'largest':>9}"
+        )
+    for word, values in quantiles.items():
+        shown = [said(value) if word == "bytes" else f"{value:,}" for value in values]
+        yield f"{word.replace('_', ' '):14}" + "".join(f"{value:>9}" for value in shown)
+    common = [size for size in found.common_sizes(4) if size[2] > 1]
+    if common:
+        good = len(found.widths)
+        sizes = ", ".join(f"{width}x{height} {share(images, good)}" for width, height, images in common)
+        yield f"most common sizes: {sizes}"
+    yield from _histogram(found)
+
+
+def _histogram(found: Stats) -> Iterator[str]:
+    """A bar for each class; of many classes the largest and the smallest."""
+    if not len(found.labels):
+        yield "labels: none"
+        return
+    ranked = sorted(enumerate(found.labels.tolist()), key=lambda item: (-item[1], item[0]))
+    some = f", {found.unlabelled:,} images without label" if found.unlabelled else ""
+    yield f"labels: {many(len(ranked), 'class')}{some}"
+    shown = ranked if len(ranked) <= _CLASSES else [*ranked[: _CLASSES // 2], None, *ranked[-_CLASSES // 2 :]]
+    names = {label: class_name(found.classes, label) for label, _ in filter(None, shown)}
+    width = min(30, max(map(len, names.values())))
+    for entry in shown:
+        if entry is None:
+            yield f"  ... {len(ranked) - len(shown) + 1:,} more"
+        else:
+            bar = "\u2588" * round(40 * entry[1] / ranked[0][1])
+            yield f"  {names[entry[0]][:width]:{width}} {entry[1]:>9,} {bar}".rstrip()

@@ -1,0 +1,149 @@
+"""Several sources in fixed shares: which sample of which source stands at which place of which batch (numpy only).
+
+Every batch has the same number of images of each source. Each source keeps an order and an epoch of its own
+(`seer.data.order`): a small one with a large share begins its next epoch sooner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from seer.data.order import GOLDEN, Int64s, ShardOrder, permuted
+from seer.errors import UserError
+from seer.keyed_random import key
+from seer.shard_index import ShardList
+from seer.source_list import quotas, read_sources
+
+
+class SourceShare(NamedTuple):
+    """A source: its name, its weight (only ratios count), and how many of the shards are its own."""
+
+    name: str
+    weight: float
+    shards: int
+
+
+class MixedOrder:
+    """The order of samples of several sources, with the interface of `ShardOrder`; shards count through all sources.
+
+    In every lane of a batch each source has its share of the places, scattered by a keyed permutation; they are filled
+    from the same lane of the source.
+
+    Args:
+        counts: (S,) samples of each shard, one source after the other; zeros are allowed.
+        sources: in the sequence of their shards; names are all different and key their orders.
+        seed, global_batch_size, lanes: as for `ShardOrder`.
+        window: samples of a lane, of all sources together, that are mixed at a time, at most; None: all.
+
+    Attributes:
+        counts, samples: of each shard of all sources, and of all.
+        quotas: images of each source in a batch.
+        batches_per_epoch: batches with as many images as there are in all sources, rounded down, at least 1.
+
+    Raises:
+        UserError: from `ShardOrder`, a source whose share is less than a place in each lane, or one with fewer samples
+            than a batch takes of it.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int] | Int64s,
+        sources: Sequence[SourceShare],
+        *,
+        seed: int,
+        global_batch_size: int,
+        lanes: int = 1,
+        window: int | None = None,
+    ) -> None:
+        self.counts = np.asarray(counts, np.int64)
+        self.samples = int(self.counts.sum())
+        self.seed, self.global_batch_size, self.lanes = seed, global_batch_size, lanes
+        if global_batch_size % lanes:
+            ShardOrder(self.counts, seed=seed, global_batch_size=global_batch_size, lanes=lanes)  # it tells why not
+        self._lane_slots = global_batch_size // lanes
+        shares = quotas([source.weight for source in sources], self._lane_slots)
+        self._ends = np.cumsum(shares)
+        self._first_shard = np.cumsum([0, *(source.shards for source in sources)])
+        self.quotas = [share * lanes for share in shares]
+        self.batches_per_epoch = max(1, self.samples // global_batch_size)
+        self._orders = []
+        for source, share, first in zip(sources, shares, self._first_shard[:-1], strict=True):
+            own = self.counts[first : first + source.shards]
+            part = f"its share of {self._lane_slots} places" + f" (a lane of {lanes})" * (lanes > 1)
+            if share == 0:
+                raise UserError(
+                    f"source {source.name} of data.mixture",
+                    f"{part} is none",
+                    "give it a larger weight, or use larger batches",
+                )
+            if own.sum() < share * lanes:
+                raise UserError(
+                    f"source {source.name} of data.mixture holds {own.sum()} images",
+                    f"a batch takes {share * lanes} of it",
+                    "give it a smaller weight, or name more shards",
+                )
+            self._orders.append(
+                ShardOrder(
+                    own,
+                    seed=int(key(seed, "source", source.name)),
+                    global_batch_size=share * lanes,
+                    lanes=lanes,
+                    # Windows of all sources then last equally long.
+                    window=None if window is None else -(-window * share // self._lane_slots),
+                )
+            )
+
+    def positions(self, batch_index: int, slots: Int64s) -> tuple[Int64s, Int64s]:
+        """Where the images of some slots of a global batch lie: as `ShardOrder.positions`."""
+        lane, slot = np.divmod(np.asarray(slots, np.int64), self._lane_slots)
+        keys = key(self.seed, "scatter", batch_index) + lane.astype(np.uint64) * GOLDEN
+        place = permuted(slot.astype(np.uint64), self._lane_slots, keys).astype(np.int64)
+        source = np.searchsorted(self._ends, place, side="right")
+        shard, sample = np.empty_like(place), np.empty_like(place)
+        for number, order in enumerate(self._orders):
+            at = np.flatnonzero(source == number)
+            share = order.global_batch_size // self.lanes
+            of_source = lane[at] * share + place[at] - (self._ends[number] - share)
+            found, sample[at] = order.positions(batch_index, of_source)
+            shard[at] = found + self._first_shard[number]
+        return shard, sample
+
+
+def order_of(
+    counts: Int64s,
+    sources: Sequence[SourceShare],
+    *,
+    seed: int,
+    global_batch_size: int,
+    lanes: int = 1,
+    window: int | None = None,
+) -> ShardOrder | MixedOrder:
+    """The order of one list of shards, or, where sources are named, of their mixture."""
+    if sources:
+        return MixedOrder(counts, sources, seed=seed, global_batch_size=global_batch_size, lanes=lanes, window=window)
+    return ShardOrder(counts, seed=seed, global_batch_size=global_batch_size, lanes=lanes, window=window)
+
+
+def open_shards(
+    patterns: Sequence[str], mixture: Sequence[str], index_dir: Path | None = None
+) -> tuple[ShardList, list[SourceShare]]:
+    """The shards to train on, one source after the other, and the sources (none where `mixture` names none).
+
+    Args:
+        patterns: of one list of shards (`data.shards`).
+        mixture: or several sources instead (`data.mixture`).
+        index_dir: folder of the indexes; None: beside the tars.
+
+    Raises:
+        UserError: as `ShardList.open` and `read_sources`.
+    """
+    sources = read_sources(mixture)
+    if not sources:
+        return ShardList.open(patterns, index_dir), []
+    lists = [ShardList.open(source.pattern, index_dir) for source in sources]
+    shares = [SourceShare(source.name, source.weight, len(one)) for source, one in zip(sources, lists, strict=True)]
+    return ShardList([shard for one in lists for shard in one.shards]), shares
