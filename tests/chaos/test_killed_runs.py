@@ -80,6 +80,7 @@ def test_two_processes(tmp_path: Path, shards: str, whole: Callable[[int], Path]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # some sixty lives of seconds each
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_moments(tmp_path: Path, shards: str, whole: Callable[[int], Path], ranks: int) -> None:
     """Ten runs, each killed in one to three lives, in ways and at moments drawn from a fixed seed."""
