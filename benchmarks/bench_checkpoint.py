@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -171,17 +171,6 @@ def table(told: dict[str, Any], title: str) -> Table:
         figures = (told[f"{ours}_mb_per_s"], told[f"{alternative}_mb_per_s"])
         shown.add_row(label, *(f"{figure:.0f}" for figure in figures), f"{told[f'{ours}_ratio']:.2f}", f"{taken:.2f}")
     return shown
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-    }
 
 
 def arguments() -> argparse.Namespace:

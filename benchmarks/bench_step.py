@@ -21,8 +21,6 @@ import dataclasses
 import gc
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,12 +28,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from machine import machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -413,18 +411,6 @@ def table(model: str, found: dict[str, Any], title: str) -> Table:
     return shown
 
 
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "timm": version("timm"),
-    }
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
@@ -460,7 +446,12 @@ def main() -> None:
     told["outside_backbone_share"] = {model: round(found[model]["outside_backbone_share"], 4) for model in found}
     told["observer_overhead"] = round(max(found[model]["observer_overhead"] for model in found), 4)
     if given.out:
-        run = {"command": sys.argv, "date": date.today().isoformat(), "machine": machine(), "threads": given.threads}
+        run = {
+            "command": sys.argv,
+            "date": date.today().isoformat(),
+            "machine": machine("timm"),
+            "threads": given.threads,
+        }
         everything = run | {"batch": given.batch, "rounds": given.rounds, "models": found, "summary": told}
         write_atomically(given.out, (json.dumps(everything, indent=2) + "\n").encode())
     print(json.dumps(told))

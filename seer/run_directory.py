@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import yaml
 
-from seer.config import TrainConfig, freeze
 from seer.errors import UserError
 from seer.files import cannot_write, write_atomically
+from seer.run_agreement import agree_or_raise
 from seer.run_lock import RunLock, in_use
 
 _CONFIG = "config.yaml"
@@ -28,30 +28,6 @@ _HEAD = """\
 # Written by seer; the run goes on from these values. `config` is what was composed, `hash` its SHA-256,
 # `resolved` what was derived from it and why, `data` what the batches were made of.
 """
-
-# A run goes on only as the run that it was: these keys must stay (all others may change). A group stands for its keys.
-_IDENTITY = (
-    "seed",
-    "data",
-    "backbone",
-    "objective",
-    "optimizer",
-    "train.steps",
-    "train.global_batch_size",
-    "train.precision",
-    "train.init_from",
-    "parallel.sync_batchnorm",
-)
-_FREE = ("data.workers", "data.index_dir", "data.max_bad_share")
-# What these mean for the batches stands in the data's identity: where that is known, their spelling does not matter.
-_IN_DATA_IDENTITY = ("data.shards", "data.mixture", "data.lanes", "data.window_images")
-_DATA_NAMES = {
-    "data: index_digest": "data.shards, contents",
-    "data: lanes": "data.lanes",
-    "data: window: epoch": "data.window_images: 0",
-    "data: window": "data.window_images",
-}
-_ABSENT = "(not given)"
 
 
 class RunDirectory:
@@ -102,7 +78,7 @@ class RunDirectory:
         try:
             frozen = _freeze(config, resolved, data)
             if _has_begun(folder):  # a run that ended before its first step binds nobody
-                _agree_or_raise(folder, _load(folder), frozen)
+                agree_or_raise(folder, _load(folder), frozen)
             _write(folder / _CONFIG, _HEAD + yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True, width=120))
         except BaseException:
             lock.release()
@@ -222,12 +198,9 @@ def check_can_run(run_dir: str | Path, config: Mapping[str, Any], *, take_over: 
     _unmake(_make(folder))
     if (taken := in_use(folder / _LOCK, take_over=take_over)) is not None:
         raise taken
-    if _has_begun(folder) and (before := _load(folder)) is not None:
-        # What the shards hold is compared when the run goes on; how they are spelt does not matter.
-        names = [key.removeprefix("data.") for key in _IN_DATA_IDENTITY]
-        spelt = {name: config["data"][name] for name in names if name in config["data"]}
-        data = {"data": before["config"]["data"] | spelt}
-        _agree_or_raise(folder, before | {"config": before["config"] | data}, _freeze(config, None, None))
+    if _has_begun(folder):
+        # What the shards hold is compared when the run goes on.
+        agree_or_raise(folder, _load(folder), _freeze(config, None, None), contents_later=True)
 
 
 def free_from_elsewhere(run_dir: str | Path) -> None:
@@ -383,61 +356,3 @@ def _load(folder: Path) -> dict[str, Any] | None:
 
 def _has_begun(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "result.json"))
-
-
-def _agree_or_raise(folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    if before is None:
-        return
-    # A key that came later than the run has its default in it.
-    defaults = dict(_flat(freeze(TrainConfig())))
-    old = defaults | dict(_flat(before["config"])) | {f"data: {key}": at for key, at in before.get("data", {}).items()}
-    new = defaults | dict(_flat(now["config"])) | {f"data: {key}": at for key, at in now.get("data", {}).items()}
-    known = bool(before.get("data")) and bool(now.get("data"))
-    differing = [
-        f"{key}: {_short(old.get(key, _ABSENT))} -> {_short(new.get(key, _ABSENT))}"
-        for key in dict.fromkeys([*old, *new])
-        if _binds(key, data_known=known)
-        and old.get(key, _ABSENT) != new.get(key, _ABSENT)
-        # Earlier versions did not record it; data.limits.* bind by themselves.
-        and not (key == "data: limits" and key not in old)
-    ]
-    # What the batches are made of follows from the configuration: it is named only where the shards themselves changed.
-    named = [line for line in differing if not line.startswith("data: ")]
-    differing = named or [_named(line) for line in differing]
-    if differing:
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise UserError(
-            f"{folder} holds a run of another configuration ({', '.join(differing[:5])}{more})",
-            "a run goes on with the values it began with",
-            "use those, name another run_dir, or delete the folder",
-        )
-
-
-def _named(difference: str) -> str:
-    """A difference of the data's identity in the words of the configuration."""
-    for found, name in _DATA_NAMES.items():
-        if difference.startswith(found):
-            return name + difference.removeprefix(found)
-    return difference
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _binds(key: str, *, data_known: bool) -> bool:
-    """Whether a key must be the same when a run goes on."""
-    if key.startswith("data: "):
-        return data_known
-    if key in _FREE or (key in _IN_DATA_IDENTITY and data_known):
-        return False
-    return any(key == bound or key.startswith(bound + ".") for bound in _IDENTITY)
-
-
-def _flat(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value

@@ -278,3 +278,16 @@ def test_a_key_that_came_later_than_the_run_has_its_default_in_it(tmp_path):
     new["data"]["limits"]["max_bytes"] = 5
     with pytest.raises(UserError, match=r"data\.limits\.max_bytes: 64000000 -> 5"):
         RunDirectory.open(tmp_path / "run", new, data={"seed": 0})
+
+
+def test_how_the_shards_are_spelt_does_not_matter_before_a_launch(tmp_path):
+    """Their contents, lanes and shares are compared when the run goes on and has looked at them."""
+    old, new = freeze(TrainConfig()), freeze(TrainConfig())
+    old["data"] |= {"shards": ["s/*.tar"], "mixture": ["web 1 w/*.tar"], "lanes": None}
+    with RunDirectory.open(tmp_path / "run", old, data={"lanes": 64}) as run:
+        run.metrics.touch()
+    new["data"] |= {"shards": ["/a/s/*.tar"], "mixture": ["web 1 /a/w/*.tar"], "lanes": 64}
+    check_can_run(tmp_path / "run", new)
+    new["data"]["large"]["size"] = 96
+    with pytest.raises(UserError, match=r"data\.large\.size: 224 -> 96"):
+        check_can_run(tmp_path / "run", new)

@@ -25,12 +25,6 @@ def cores_of_task() -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def restart_count() -> int:
-    """How many lives this job had before this one."""
-    text = os.environ.get("SLURM_RESTART_COUNT", "0") if job_id() else "0"
-    return int(text) if text.isdecimal() else 0
-
-
 def job_end_time() -> float | None:
     """When SLURM will end this job, Unix seconds; None outside of a job, without a limit, or if nobody can say."""
     job = job_id()

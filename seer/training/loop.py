@@ -26,7 +26,7 @@ from seer.run_directory import RunDirectory, checkpoints_of
 from seer.shard_index import ShardList
 from seer.training.bad_share import BadShare
 from seer.training.state import TrainState, fresh_state, load_state, state_tensors
-from seer.training.step import StepSettings, float_crops, set_learning_rate, train_step
+from seer.training.step import float_crops, set_learning_rate, step_settings, train_step
 from seer.training.stop import StopRequest
 from seer.validation import validate
 
@@ -116,7 +116,7 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         if newest is not None:
             load_state(state, newest)
         start_step = saved_step = None if newest is None else newest.step
-        settings = _settings(config, device)
+        settings = step_settings(config, device)
         with distributed.together():
             quarantine = Quarantine(run, state.step)
             watch = _watch(config, run, state, stream) if first else None
@@ -201,18 +201,6 @@ def _initial_weights(config: TrainConfig, *, fresh: bool) -> dict[str, Tensor] |
             "set backbone.name (and strides) to the file's, or leave train.init_from out",
         )
     return weights.tensors
-
-
-def _settings(config: TrainConfig, device: torch.device) -> StepSettings:
-    dtype, autocast = build.precision_of(config)
-    return StepSettings(
-        device=device,
-        dtype=dtype,
-        autocast=autocast,
-        channels_last=build.channels_last(device),
-        photometric=build.photometric_spec(config.data),
-        average_statistics=not config.parallel.sync_batchnorm,
-    )
 
 
 def _evaluation(config: TrainConfig) -> OnlineEvaluation | None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seer import distributed
+from seer import build, distributed
 from seer.build import Learner, Optimizer
+from seer.config import TrainConfig
 from seer.data.photometric import photometric
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.stream import Batch
@@ -36,6 +37,19 @@ class StepSettings:
     channels_last: bool
     photometric: PhotometricSpec
     average_statistics: bool
+
+
+def step_settings(config: TrainConfig, device: torch.device) -> StepSettings:
+    """What a configuration says of a step on a device."""
+    dtype, autocast = build.precision_of(config)
+    return StepSettings(
+        device=device,
+        dtype=dtype,
+        autocast=autocast,
+        channels_last=build.channels_last(device),
+        photometric=build.photometric_spec(config.data),
+        average_statistics=not config.parallel.sync_batchnorm,
+    )
 
 
 def float_crops(batch: Batch, settings: StepSettings) -> list[Tensor]:

@@ -29,9 +29,9 @@ def test_outside_of_our_jobs_nothing_is_known_and_nothing_requeued(
 ) -> None:
     monkeypatch.delenv("SEER_LAUNCHER")
     programs.add("scontrol", SHOWN.format("2024-05-01T12:00:00"))
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1700000000")
-    assert slurm.job_id() is None and slurm.job_end_time() is None and slurm.restart_count() == 0
+    assert slurm.job_id() is None and slurm.job_end_time() is None and slurm.cores_of_task() is None
     assert slurm.requeue() is not None
     assert programs.calls("scontrol") == []
 
@@ -79,7 +79,7 @@ def test_why_it_was_not_requeued(programs: Programs, there: bool) -> None:
     assert reason == ("Requested operation is disabled" if there else "scontrol: No such file or directory")
 
 
-def test_lives(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert slurm.restart_count() == 0 and slurm.job_id() == "17"
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert slurm.restart_count() == 2
+def test_cores_of_a_task(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slurm.cores_of_task() is None and slurm.job_id() == "17"
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    assert slurm.cores_of_task() == 6

@@ -171,3 +171,12 @@ def build_with_nine_images():
 def test_a_batch_that_does_not_divide_by_the_ranks_is_refused():
     with pytest.raises(RuntimeError, match="UserError: a global batch of 9 on 2 ranks"):
         ranks(2).run(build_with_nine_images)
+
+
+def test_what_was_restored_is_looked_up_again():
+    model = objective()
+    assert not model._queue_takes_part()
+    model.queue_pushes.fill_(SLOTS)  # as a checkpoint that is loaded in place
+    assert not model._queue_takes_part(), "nobody waits for the device to find out"
+    model.restored()
+    assert model._queue_takes_part()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from seer import build, distributed
 from seer.training.state import TrainState, fresh_state, state_tensors
-from seer.training.step import StepSettings, float_crops, set_learning_rate, train_step
+from seer.training.step import StepSettings, float_crops, set_learning_rate, step_settings, train_step
 from seer.validation import validate
 
 CPU = torch.device("cpu")
@@ -53,16 +53,7 @@ def started(folder: str, shards: str, strategy: str, *overrides: str) -> tuple[T
     validate(config, world_size=ranks)
     chosen = "single" if ranks == 1 else strategy
     state = fresh_state(config, device=CPU, strategy=chosen, learning_rate=0.1)
-    dtype, autocast = build.precision_of(config)
-    settings = StepSettings(
-        device=CPU,
-        dtype=dtype,
-        autocast=autocast,
-        channels_last=build.channels_last(CPU),
-        photometric=build.photometric_spec(config.data),
-        average_statistics=not config.parallel.sync_batchnorm,
-    )
-    return state, settings, build.stream(config, workers=0).batches(0)
+    return state, step_settings(config, CPU), build.stream(config, workers=0).batches(0)
 
 
 def losses_and_weights(

@@ -11,7 +11,7 @@ from seer import build
 from seer.config import TrainConfig
 from seer.derived import resolve
 from seer.training.state import TrainState, fresh_state, state_tensors
-from seer.training.step import StepSettings, float_crops, set_learning_rate, train_step
+from seer.training.step import StepSettings, float_crops, set_learning_rate, step_settings, train_step
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 def start(config: TrainConfig) -> tuple[TrainState, StepSettings]:
     device = torch.device("cpu")
     state = fresh_state(config, device=device, strategy="single", learning_rate=1e-3)
-    dtype, autocast = build.precision_of(config)
-    return state, StepSettings(device, dtype, autocast, True, build.photometric_spec(config.data), True)
+    return state, step_settings(config, device)
 
 
 @pytest.mark.parametrize(
