@@ -27,6 +27,7 @@ from seer.data.crops import CropSpec
 from seer.data.order import ShardOrder
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.shard_index import ShardIndex
+from seer.shard_list import ShardList
 
 _SPECS = [CropSpec(2, 224, 0.14, 1.0), CropSpec(4, 96, 0.05, 0.14)]
 _IMAGES, _BATCH, _EVERY = 480, 64, 20
@@ -57,10 +58,10 @@ def assembler(folder: Path, name: str, images: list[bytes]) -> BatchAssembler:
     offsets = np.append(0, np.cumsum(sizes))[:-1].astype(np.uint64)
     labels = np.full(len(images), -1, np.int32)
     digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    shard = ShardIndex(path, offsets, sizes, labels, int(sizes.sum()), digest)
+    shard = ShardIndex(str(path), offsets, sizes, labels, int(sizes.sum()), digest)
     order = ShardOrder(np.array([len(images)]), seed=0, global_batch_size=_BATCH)
     return BatchAssembler(
-        [shard],
+        ShardList([shard]),
         order,
         seed=0,
         slots=np.arange(_BATCH),

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from seer.data.crops import CropSpec
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.stream import DataStream
-from seer.shard_index import ShardList
+from seer.shard_list import ShardList
 from seer.shards.pack import pack
 
 CROPS = [CropSpec(2, 224, 0.14, 1.0), CropSpec(4, 96, 0.05, 0.14)]

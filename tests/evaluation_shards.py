@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from seer.shard_index import ShardIndex, ShardList
+from seer.shard_index import ShardIndex
+from seer.shard_list import ShardList
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -37,7 +38,7 @@ def shard(file: Path, samples: Sequence[tuple[bytes, int]]) -> ShardIndex:
     with tarfile.open(file) as tar:
         members = tar.getmembers()
     return ShardIndex(
-        path=file,
+        location=str(file),
         offsets=np.array([member.offset_data for member in members], np.uint64),
         sizes=np.array([member.size for member in members], np.uint32),
         labels=np.array([label for _, label in samples], np.int32),

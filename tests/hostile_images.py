@@ -30,6 +30,7 @@ from seer.data.decode import BadImage, open_image
 from seer.data.order import ShardOrder
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.shard_index import ShardIndex
+from seer.shard_list import ShardList
 
 MEMORY = 2 << 30
 SECONDS = 20.0
@@ -160,12 +161,12 @@ def _as_samples(images: list[bytes], folder: Path) -> set[int]:
     sizes = np.array([len(image) for image in images], np.uint32)
     offsets = np.append(0, np.cumsum(sizes))[:-1].astype(np.uint64)
     labels = np.full(len(images), -1, np.int32)
-    shard = ShardIndex(path, offsets, sizes, labels, int(sizes.sum()), "0" * 32)
+    shard = ShardIndex(str(path), offsets, sizes, labels, int(sizes.sum()), "0" * 32)
     specs = [CropSpec(1, 24, 0.3, 1.0)]
     order = ShardOrder(np.array([len(images)]), seed=0, global_batch_size=len(images))
     slots = np.arange(len(images))
     assembler = BatchAssembler(
-        [shard], order, seed=0, slots=slots, specs=specs, flip_probability=0.5, photometric=PhotometricSpec()
+        ShardList([shard]), order, seed=0, slots=slots, specs=specs, flip_probability=0.5, photometric=PhotometricSpec()
     )
     out = [np.zeros(shape, dtype) for shape, dtype in assembler.layout]
     bad = assembler.fill(0, range(len(images)), out[: assembler.resolutions], out[assembler.resolutions :])

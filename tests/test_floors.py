@@ -33,7 +33,7 @@ ENTRY = "__main__"  # `python -m seer`: calls the command line and is imported b
 # What a data worker, the launcher and `--help` import: they start in a fraction of the time that torch takes to import.
 WITHOUT_TORCH = (
     *("__init__", "errors", "config", "compose", "keyed_random", "shard_index", "files", "run_directory", "run_lock"),
-    "run_agreement",
+    *("run_agreement", "shard_list", "shard_manifest", "shard_patterns"),
     *("validation", "derived", "source_list", "rank_environment"),
     *(
         f"data/{name}"
@@ -85,7 +85,7 @@ def fault(importer: str, imported: str) -> str | None:
     ("importer", "imported", "allowed"),
     [
         ("training.loop", "build.learner", True),
-        ("data.stream", "shard_index.ShardList", True),
+        ("data.stream", "shard_list.ShardList", True),
         ("data.stream", "data.order.ShardOrder", True),
         ("build", "optim.larc.LARC", True),
         ("config", "errors.UserError", True),

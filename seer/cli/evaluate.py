@@ -17,7 +17,7 @@ from seer.errors import UserError, closest
 if TYPE_CHECKING:  # imports torch: only what runs may
     from seer.cli.saved_run import SavedRun
     from seer.evaluation.report import Baselines
-    from seer.shard_index import ShardList
+    from seer.shard_list import ShardList
 
 HELP = """\
 Examples:
@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
     # torch is imported from here on, so that help and misspelt options answer at once.
     from seer.cli.saved_run import load_run
     from seer.run_directory import update_result
-    from seer.shard_index import ShardList
+    from seer.shard_list import ShardList
 
     bank, queries = ShardList.open(given.train, given.index_dir), ShardList.open(given.val, given.index_dir)
     _same_classes_or_raise(bank, queries)
@@ -96,7 +96,7 @@ def _arguments() -> Arguments:
 
 
 def _class_names(folder: Path) -> list[str] | None:
-    from seer.shards.manifest import class_names
+    from seer.shard_manifest import class_names
 
     with contextlib.suppress(UserError):  # shards made by others know numbers only
         return class_names(folder)
@@ -106,7 +106,7 @@ def _class_names(folder: Path) -> list[str] | None:
 def _same_classes_or_raise(bank: ShardList, queries: ShardList) -> None:
     known, asked = (
         {folder: names for folder in folders if (names := _class_names(folder))}
-        for folders in (dict.fromkeys(shard.path.parent for shard in shards.shards) for shards in (bank, queries))
+        for folders in ({Path(shard.location).parent: None for shard in shards.listed} for shards in (bank, queries))
     )
     for train, val in product(known, asked):
         if known[train] != asked[val]:
@@ -172,7 +172,7 @@ def _with_baselines(
 def _picture(out: Path, found: Baselines, queries: ShardList, title: str) -> None:
     from seer.evaluation.report import picture_of
 
-    picture_of(found, out, title=title, class_names=_class_names(queries.shards[0].path.parent))
+    picture_of(found, out, title=title, class_names=_class_names(Path(queries.listed[0].location).parent))
 
 
 def _say(given: argparse.Namespace, found: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ def run(argv: list[str]) -> int:
 def _checked(config: TrainConfig, *, take_over: bool) -> Placement:
     """Everything that can be refused before something is written or queued."""
     from seer.data.mixture import open_shards, order_of  # imports numpy, which the help does without
-    from seer.shard_index import ShardList
+    from seer.shard_list import ShardList
 
     validate_launch(config.launch)
     placement = cluster.place(config) if config.launch.name == "slurm" else local.place(config)

@@ -135,8 +135,8 @@ def _pack(argv: Sequence[str]) -> int:
     arguments.add_argument("--overwrite", action="store_true", help="replace a former pack of other images or options")
     chosen = arguments.parse(argv)
 
+    from seer import shard_manifest
     from seer.data.decode import open_image
-    from seer.shards import manifest
     from seer.shards.curation import QUALITY, REPORT, Curation
     from seer.shards.pack import pack
 
@@ -151,7 +151,7 @@ def _pack(argv: Sequence[str]) -> int:
             labels=chosen.labels,
             shard_bytes=chosen.size,
             samples_per_shard=chosen.samples,
-            classes=manifest.class_names(chosen.classes) if chosen.classes else None,
+            classes=shard_manifest.class_names(chosen.classes) if chosen.classes else None,
             seed=chosen.seed,
             curate=curate,
             workers=chosen.workers,
@@ -199,7 +199,7 @@ def _index(argv: Sequence[str]) -> int:
     before = f"{indexed.already_there} had their index before; " if indexed.already_there else ""
     what = f"{many(samples, 'image')} in {many(len(indexed.shards), 'shard')}, {labelled:,} with a label"
     print(f"{what} ({before}{time.monotonic() - start:.1f} s)")
-    _say_next(indexed.shards[0].path.parent, chosen.index_dir)
+    _say_next(Path(indexed.shards[0].location).parent, chosen.index_dir)
     return 0
 
 

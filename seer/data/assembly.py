@@ -18,7 +18,7 @@ from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.sources import read_sample
 from seer.errors import UserError
 from seer.keyed_random import uniforms
-from seer.shard_index import ShardIndex
+from seer.shard_list import ShardList
 
 # A bad image is replaced by one of so many that follow it in its shard, then by the first ones of the next shards.
 _CANDIDATES = 8
@@ -76,7 +76,7 @@ class BatchAssembler:
 
     def __init__(
         self,
-        shards: Sequence[ShardIndex],
+        shards: ShardList,
         order: ShardOrder | MixedOrder,
         *,
         seed: int,
@@ -115,7 +115,7 @@ class BatchAssembler:
 
     def shard_path(self, shard: int) -> str:
         """The tar of a shard's number."""
-        return str(self._shards[shard].path)
+        return self._shards.listed[shard].location
 
     def fill(
         self, batch_index: int, rows: range, crops_out: Sequence[UInt8s], parameters_out: Sequence[Float32s]

@@ -15,7 +15,7 @@ import numpy as np
 from seer.data.order import GOLDEN, Int64s, ShardOrder, permuted
 from seer.errors import UserError
 from seer.keyed_random import key
-from seer.shard_index import ShardList
+from seer.shard_list import ShardList
 from seer.source_list import quotas, read_sources
 
 
@@ -146,4 +146,4 @@ def open_shards(
         return ShardList.open(patterns, index_dir), []
     lists = [ShardList.open(source.pattern, index_dir) for source in sources]
     shares = [SourceShare(source.name, source.weight, len(one)) for source, one in zip(sources, lists, strict=True)]
-    return ShardList([shard for one in lists for shard in one.shards]), shares
+    return ShardList.joined(lists), shares

@@ -29,7 +29,7 @@ class ShardReader:
             data = os.pread(self._open(shard), size, int(shard.offsets[sample]))
         except OSError as error:
             raise UserError(
-                f"shard {shard.path}",
+                f"shard {shard.location}",
                 f"it cannot be read ({error.strerror or error})",
                 "restore the file, then run the same command again",
             ) from None
@@ -43,7 +43,7 @@ class ShardReader:
             os.close(self._files.popitem()[1])
 
     def _open(self, shard: ShardIndex) -> int:
-        path = str(shard.path)
+        path = shard.location
         file = self._files.get(path)
         if file is not None:
             self._files.move_to_end(path)
@@ -61,9 +61,9 @@ class ShardReader:
 
 def _changed(shard: ShardIndex, how: str) -> UserError:
     return UserError(
-        f"shard {shard.path}",
+        f"shard {shard.location}",
         f"{how}: truncated or changed since it was indexed",
-        f"copy it again, or `seer shards index {shard.path}` if the change was meant",
+        f"copy it again, or `seer shards index {shard.location}` if the change was meant",
     )
 
 

@@ -23,7 +23,7 @@ from seer.data.mixture import SourceShare, order_of
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.pool import DEADLINE_SECONDS, BatchPool
 from seer.errors import UserError
-from seer.shard_index import ShardList
+from seer.shard_list import ShardList
 
 __all__ = ["BadSample", "Batch", "DataStream"]
 
@@ -96,7 +96,7 @@ class DataStream:
             shards.counts, sources, seed=seed, global_batch_size=global_batch_size, lanes=lanes, window=window
         )
         assembler = BatchAssembler(
-            shards.shards,
+            shards,
             order,
             seed=seed,
             slots=np.arange(rank * images, (rank + 1) * images, dtype=np.int64),

@@ -22,7 +22,8 @@ from seer.data.crops import MEAN, STD, evaluation_crop
 from seer.data.decode import DEFAULT_LIMITS, BadImage, ImageLimits, decode
 from seer.data.sources import read_sample
 from seer.errors import UserError
-from seer.shard_index import ShardIndex, ShardList
+from seer.shard_index import ShardIndex
+from seer.shard_list import ShardList
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -122,7 +123,7 @@ def labelled_crops(
             part = slice(start, start + batch_size)
             # Bytes are read here, in order; only decoding is shared out.
             places = zip(shard_numbers[part], samples[part], strict=True)
-            data = (_read(shards.shards[shard], sample, limits) for shard, sample in places)
+            data = (_read(shards[int(shard)], sample, limits) for shard, sample in places)
             return [pool.submit(_crop, image, image_size, limits) for image in data]
 
         asked = ask(0)
@@ -153,7 +154,7 @@ def require_images(shards: ShardList, found: int, bad: Counter[str]) -> None:
         UserError: names the first shard and the reasons.
     """
     if not found:
-        what = f"no image of {shards.shards[0].path} and what else was named can be decoded: {described(bad)}"
+        what = f"no image of {shards.listed[0].location} and what else was named can be decoded: {described(bad)}"
         raise UserError(what, "an evaluation needs images", "pack the folder again without them")
 
 
@@ -252,10 +253,10 @@ def _labels(shards: ShardList, shard_numbers: NDArray[np.int64], samples: NDArra
     labels = np.empty(len(samples), np.int64)
     for number in np.unique(shard_numbers):
         rows = shard_numbers == number
-        labels[rows] = shards.shards[number].labels[samples[rows]]
+        labels[rows] = shards[int(number)].labels[samples[rows]]
         if (labels[rows] < 0).any():
             raise UserError(
-                f"{shards.shards[number].path} holds images without labels",
+                f"{shards.listed[int(number)].location} holds images without labels",
                 "kNN compares labels",
                 "pack a folder a class with: seer shards pack PHOTOS_DIR --out SHARDS_DIR --labels folders",
             )

@@ -23,7 +23,7 @@ from seer.evaluation.features import (
     require_labels,
 )
 from seer.evaluation.knn import knn_top1
-from seer.shard_index import ShardList
+from seer.shard_list import ShardList
 
 _KEEP_BYTES = 512 * 2**20
 

@@ -24,7 +24,7 @@ from seer.evaluation.features import (
 )
 from seer.evaluation.knn import Neighbours, knn_top1, nearest
 from seer.files import cannot_write, write_atomically
-from seer.shard_index import ShardList
+from seer.shard_list import ShardList
 
 _NAMES = {"knn_top1_pixels": "raw pixels", "knn_top1_untrained": "untrained network", "knn_top1": "trained network"}
 

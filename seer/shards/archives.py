@@ -9,8 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from seer import shard_manifest
 from seer.errors import UserError
-from seer.shards import manifest
 from seer.shards.formats import LONGEST_START, extension_of
 from seer.shards.index import IMAGE_EXTENSIONS
 from seer.shards.inputs import ZIP_METHODS, Finds
@@ -34,7 +34,7 @@ def in_tar(tar: Path) -> Finds:
     Raises:
         DamagedTar, UserError: see `seer.shards.tar.members`.
     """
-    finds = Finds(classes=(manifest.read(tar.parent) or {}).get("classes") or [])
+    finds = Finds(classes=(shard_manifest.read(tar.parent) or {}).get("classes") or [])
     stamp = 0
     file = -1
     try:

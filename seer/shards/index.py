@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from seer import shard_manifest
 from seer.errors import UserError
-from seer.shard_index import ShardIndex, expand_shards, index_path, load_index, save_index
-from seer.shards import manifest
+from seer.shard_index import ShardIndex, index_path, load_index, save_index
+from seer.shard_patterns import expand_shards
 from seer.shards.processes import Progress, each, silent
 from seer.shards.tar import DamagedTar, Member, members
 
@@ -119,7 +120,7 @@ def index_tar(tar: Path) -> tuple[ShardIndex, Oddities]:
         os.close(file)
     columns = np.array(rows, np.int64).reshape(-1, 3).T
     index = ShardIndex(
-        tar,
+        str(tar),
         columns[0].astype(np.uint64),
         columns[1].astype(np.uint32),
         columns[2].astype(np.int32),
@@ -164,19 +165,19 @@ def _make(job: tuple[Path, Path | None]) -> tuple[ShardIndex, Oddities] | Damage
 def _write_manifests(shards: Sequence[ShardIndex], index_dir: Path | None) -> None:
     folders: dict[Path, list[ShardIndex]] = {}
     for shard in shards:
-        folders.setdefault(index_path(shard.path, index_dir).parent, []).append(shard)
+        folders.setdefault(index_path(shard.location, index_dir).parent, []).append(shard)
     for folder, here in folders.items():
-        known = manifest.read(folder)
-        if known is None and (folder / manifest.NAME).exists():
+        known = shard_manifest.read(folder)
+        if known is None and (folder / shard_manifest.NAME).exists():
             continue  # somebody else's file; training does not need ours
         entries = {entry["name"]: entry for entry in (known or {}).get("shards", [])}
-        entries |= {shard.path.name: manifest.entry(shard, shard.path.name) for shard in here}
+        entries |= {shard.name: shard_manifest.entry(shard, shard.name) for shard in here}
         more = {word: value for word, value in (known or {}).items() if word not in ("format", "samples", "shards")}
         if list(entries.values()) != (known or {}).get("shards"):
             try:
-                manifest.write(folder, list(entries.values()), **more)
+                shard_manifest.write(folder, list(entries.values()), **more)
             except OSError as error:
-                what = f"{folder / manifest.NAME} cannot be written ({error.strerror})"
+                what = f"{folder / shard_manifest.NAME} cannot be written ({error.strerror})"
                 remedy = "make its folder writable, or write the indexes elsewhere with --index-dir FOLDER"
                 raise UserError(what, "it lists the shards of a folder", remedy) from None
 
@@ -189,7 +190,7 @@ def index(
     Shards with a valid index are passed over, so a call that was interrupted goes on where it was.
 
     Args:
-        patterns: see `seer.shard_index.expand_shards`.
+        patterns: see `seer.shard_patterns.expand_shards`.
         index_dir: where the indexes go; None: beside the tars.
         workers: processes.
         progress: called with bytes done and bytes in all.
@@ -198,7 +199,7 @@ def index(
         UserError: nothing matches, a tar is compressed, an index or a manifest cannot be written, a tar cannot be read.
         DamagedTar: after all other tars were indexed.
     """
-    tars = expand_shards(patterns)
+    tars = [Path(tar) for tar in expand_shards(patterns)]
     if index_dir is not None:
         _refuse_equal_names(tars)
         _make_folder(index_dir)

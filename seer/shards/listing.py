@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seer.errors import UserError
-from seer.shard_index import expand_shards
+from seer.shard_patterns import expand_shards
 from seer.shards.archives import in_tar, in_zip
 from seer.shards.index import IMAGE_EXTENSIONS
 from seer.shards.inputs import Finds, Source
@@ -206,7 +206,7 @@ def _expanded(inputs: Sequence[Path]) -> list[Path]:
         if os.path.exists(text) or not (has_magic(text) or "{" in text):
             expanded.append(Path(os.path.abspath(text)))
         else:
-            expanded += expand_shards([text])
+            expanded += map(Path, expand_shards([text]))
     return list(dict.fromkeys(expanded))
 
 

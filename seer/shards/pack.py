@@ -24,11 +24,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from seer import shard_manifest
 from seer.errors import UserError, closest
 from seer.files import sync_folder, write_atomically
 from seer.keyed_random import key, splitmix64
 from seer.shard_index import ShardIndex, index_path, load_index, save_index
-from seer.shards import curation, manifest
+from seer.shards import curation
 from seer.shards.archives import parsed_note
 from seer.shards.curation import Curation, bytes_of, shrunk
 from seer.shards.formats import LONGEST_START, OpenImage, extension_of
@@ -246,17 +247,17 @@ def _plan(
     return plan
 
 
-def _former(out: Path, options: dict[str, Any], overwrite: bool) -> list[manifest.Entry] | None:
+def _former(out: Path, options: dict[str, Any], overwrite: bool) -> list[shard_manifest.Entry] | None:
     """The shards of the same pack if they are there; makes room for a new one or for the rest of an interrupted one.
 
     Raises:
         UserError: `out` holds something else.
     """
-    done = manifest.read(out)
+    done = shard_manifest.read(out)
     unfinished = _unfinished_options(out)
     same = _agrees(done, options)
     if unfinished is None and done is not None and same and _is_whole(out, done):
-        shards: list[manifest.Entry] = done["shards"]
+        shards: list[shard_manifest.Entry] = done["shards"]
         return shards
     if unfinished == options:
         return None
@@ -276,7 +277,7 @@ def _former(out: Path, options: dict[str, Any], overwrite: bool) -> list[manifes
         what = f"{out} holds a damaged pack" if same else f"{out} holds a pack of other images or options"
         raise UserError(what, "it is not replaced unasked", "name another folder, or add --overwrite")
     # The lists go last: a folder whose clearing was interrupted is still known as ours.
-    lists = (manifest.NAME, _UNFINISHED)
+    lists = (shard_manifest.NAME, _UNFINISHED)
     for name in sorted(names, key=lambda name: name in lists):
         tar = rf"\.?{re.escape(str(former and former['name']))}-\d{{6}}\.tar.*"
         if name in (*lists, _LEFT, curation.REPORT) or re.fullmatch(tar, name):
@@ -306,7 +307,7 @@ def _is_whole(out: Path, done: dict[str, Any]) -> bool:
 
 def _write_all(
     plan: list[_Shard], out: Path, options: dict[str, Any], workers: int, progress: Progress
-) -> list[manifest.Entry]:
+) -> list[shard_manifest.Entry]:
     done, total = 0, sum(int(shard.images.sizes.sum()) for shard in plan)
     entries = []
     for shard, entry in each(_write_shard, plan, workers):
@@ -315,16 +316,16 @@ def _write_all(
         progress(done, total)
     for left in out.glob(".*.part"):
         left.unlink(missing_ok=True)  # from a process that was killed
-    manifest.write(out, entries, **options)
+    shard_manifest.write(out, entries, **options)
     (out / _UNFINISHED).unlink()
     (out / _LEFT).unlink(missing_ok=True)
     return entries
 
 
-def _write_shard(shard: _Shard) -> manifest.Entry:
+def _write_shard(shard: _Shard) -> shard_manifest.Entry:
     """Writes one tar and its index; takes what is there where an interrupted pack left it whole."""
     try:
-        return manifest.entry(load_index(shard.tar), shard.tar.name)
+        return shard_manifest.entry(load_index(shard.tar), shard.tar.name)
     except UserError:
         pass
     temporary = shard.tar.with_name(f".{shard.tar.name}.{os.getpid()}.part")
@@ -339,7 +340,7 @@ def _write_shard(shard: _Shard) -> manifest.Entry:
         sync_folder(shard.tar.parent)
     finally:
         temporary.unlink(missing_ok=True)
-    return manifest.entry(index, shard.tar.name)
+    return shard_manifest.entry(index, shard.tar.name)
 
 
 def _write_tar(stream: io.BufferedWriter, shard: _Shard) -> ShardIndex:
@@ -369,7 +370,7 @@ def _write_tar(stream: io.BufferedWriter, shard: _Shard) -> ShardIndex:
                 sizes.append(len(data))
     digest = tar.close()
     columns = np.array(offsets, np.uint64), np.array(sizes, np.uint32), np.array(shard.labels, np.int32)
-    return ShardIndex(shard.tar, *columns, tar.size, digest)
+    return ShardIndex(str(shard.tar), *columns, tar.size, digest)
 
 
 def _extension(name: str, data: bytes, trusted: bool) -> str:

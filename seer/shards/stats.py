@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from seer import shard_manifest
 from seer.errors import UserError
 from seer.keyed_random import uniforms
-from seer.shard_index import ShardIndex, expand_shards, load_index
-from seer.shards import manifest
+from seer.shard_index import ShardIndex, load_index
+from seer.shard_patterns import expand_shards
 from seer.shards.formats import LONGEST_START, OpenImage, extension_of
 from seer.shards.processes import Progress, each, silent
 
@@ -105,7 +106,7 @@ class Shards:
     """The tars that some patterns mean; one index is held at a time, however many there are.
 
     Args:
-        patterns: see `seer.shard_index.expand_shards`.
+        patterns: see `seer.shard_patterns.expand_shards`.
         index_dir: where the indexes are; None: beside the tars.
 
     Raises:
@@ -113,7 +114,7 @@ class Shards:
     """
 
     def __init__(self, patterns: Sequence[str], index_dir: Path | None = None) -> None:
-        self.tars = expand_shards(patterns)
+        self.tars = [Path(tar) for tar in expand_shards(patterns)]
         self._index_dir = index_dir
         self.tar_bytes, self.image_bytes = 0, 0
         counts, labels = [], np.zeros(0, np.int64)
@@ -151,7 +152,7 @@ class Shards:
             drawn = list(dict.fromkeys((draws * self.images).astype(np.int64).tolist()))[:count]
         found: dict[int, Picked] = {}
         for index, places, samples in self.at(np.sort(np.array(drawn, np.int64))):
-            datas = _read(index.path, index.offsets[samples].tolist(), index.sizes[samples].tolist())
+            datas = _read(index.location, index.offsets[samples].tolist(), index.sizes[samples].tolist())
             for place, label, data in zip(places.tolist(), index.labels[samples].tolist(), datas, strict=True):
                 found[place] = Picked(data, class_name(self.classes, label))
         return [found[place] for place in drawn]
@@ -164,11 +165,13 @@ def class_name(classes: Sequence[str], label: int) -> str:
 
 def _classes(tars: Sequence[Path]) -> list[str]:
     """The names on which the manifests of all folders agree, else none."""
-    lists = [(manifest.read(folder) or {}).get("classes") or [] for folder in sorted({tar.parent for tar in tars})]
+    lists = [
+        (shard_manifest.read(folder) or {}).get("classes") or [] for folder in sorted({tar.parent for tar in tars})
+    ]
     return [str(name) for name in lists[0]] if all(names == lists[0] for names in lists) else []
 
 
-def _read(tar: Path, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[bytes]:
+def _read(tar: str, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[bytes]:
     try:
         with open(tar, "rb", buffering=0) as file:
             for offset, size in zip(offsets, sizes, strict=True):
@@ -184,7 +187,7 @@ def _read(tar: Path, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[b
 class _Chunk:
     """The job of one process: some images of one tar."""
 
-    tar: Path
+    tar: str
     offsets: list[int]
     sizes: list[int]
     open_image: OpenImage
@@ -235,7 +238,7 @@ def stats(
     places = (np.arange(count, dtype=np.int64) * 2 + 1) * shards.images // (2 * count)
     jobs = [
         _Chunk(
-            index.path,
+            index.location,
             index.offsets[samples[start : start + _CHUNK]].tolist(),
             index.sizes[samples[start : start + _CHUNK]].tolist(),
             open_image,

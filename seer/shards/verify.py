@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from seer import shard_manifest
 from seer.errors import UserError
-from seer.shard_index import expand_shards, index_path, load_index
-from seer.shards import manifest
+from seer.shard_index import index_path, load_index
+from seer.shard_patterns import expand_shards
 from seer.shards.index import index_tar
 from seer.shards.processes import Progress, each, silent
 
@@ -29,7 +30,7 @@ def verify(
     """Compares every byte of the tars with what was indexed, and the folder's list with what is there.
 
     Args:
-        patterns: see `seer.shard_index.expand_shards`.
+        patterns: see `seer.shard_patterns.expand_shards`.
         index_dir: where the indexes are; None: beside the tars.
         workers: processes.
         progress: called with bytes done and bytes in all.
@@ -40,7 +41,7 @@ def verify(
     Raises:
         UserError: nothing matches.
     """
-    tars = expand_shards(patterns)
+    tars = [Path(tar) for tar in expand_shards(patterns)]
     done, total = 0, sum(tar.stat().st_size for tar in tars)
     findings = []
     for (tar, _), problem in each(_problem, [(tar, index_dir) for tar in tars], workers):
@@ -80,8 +81,10 @@ def _missing(tars: Sequence[Path], index_dir: Path | None) -> list[Finding]:
     findings = []
     if index_dir is None:
         for folder in {tar.parent for tar in tars}:
-            for shard in (manifest.read(folder) or {}).get("shards", []):
+            for shard in (shard_manifest.read(folder) or {}).get("shards", []):
                 tar = folder / shard["name"]
                 if not tar.exists():
-                    findings.append(Finding(tar, f"{tar} is missing: {folder / manifest.NAME} lists it; bring it back"))
+                    findings.append(
+                        Finding(tar, f"{tar} is missing: {folder / shard_manifest.NAME} lists it; bring it back")
+                    )
     return findings

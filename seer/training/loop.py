@@ -23,7 +23,7 @@ from seer.launching import slurm
 from seer.observe.watch import Quarantine, Watch
 from seer.rank_environment import rank_environment, told_once
 from seer.run_directory import RunDirectory, checkpoints_of
-from seer.shard_index import ShardList
+from seer.shard_list import ShardList
 from seer.training.bad_share import BadShare
 from seer.training.state import TrainState, fresh_state, load_state, state_tensors
 from seer.training.step import float_crops, set_learning_rate, step_settings, train_step

@@ -27,7 +27,8 @@ from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.pool import BatchPool
 from seer.data.stream import Batch, DataStream
 from seer.errors import UserError
-from seer.shard_index import ShardList, index_path, save_index
+from seer.shard_index import index_path, save_index
+from seer.shard_list import ShardList
 
 SPECS = [CropSpec(2, 16, 0.3, 1.0), CropSpec(2, 8, 0.1, 0.4)]
 COUNTS = (19, 23)
@@ -330,7 +331,7 @@ from pathlib import Path
 from seer.data.crops import CropSpec
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.stream import DataStream
-from seer.shard_index import ShardList
+from seer.shard_list import ShardList
 
 stream = DataStream(ShardList.open(sys.argv[1]), seed=0, global_batch_size=20, crops=[CropSpec(1, 8, 0.5, 1.0)],
                     flip_probability=0.5, photometric=PhotometricSpec(), workers=2)
@@ -346,9 +347,9 @@ while True:
 
 @pytest.mark.parametrize("how", ["forked", "anew"])
 def test_kill_of_the_main_process_leaves_nothing(tmp_path: Path, shards: ShardList, how: str) -> None:
-    for index in shards.shards:
-        save_index(index, index_path(index.path))
-    pattern = str(shards.shards[0].path.parent / "*.tar")
+    for index in shards:
+        save_index(index, index_path(index.location))
+    pattern = str(Path(shards[0].location).parent / "*.tar")
     before = set(os.listdir("/dev/shm"))
     root = str(Path(__file__).resolve().parents[2])
     with subprocess.Popen(

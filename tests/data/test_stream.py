@@ -30,7 +30,8 @@ from seer.data.photometric_parameters import COLUMNS, PhotometricSpec
 from seer.data.sources import ShardReader, read_sample
 from seer.data.stream import BadSample, Batch, DataStream
 from seer.errors import UserError
-from seer.shard_index import ShardIndex, ShardList
+from seer.shard_index import ShardIndex
+from seer.shard_list import ShardList
 
 SPECS = [CropSpec(2, 24, 0.3, 1.0), CropSpec(3, 16, 0.1, 0.4)]
 BROKEN = {(0, 3): "not_an_image", (1, 0): "truncated", (1, 1): "truncated", (2, 4): "not_an_image"}
@@ -53,7 +54,7 @@ def write_shard(path: Path, images: list[bytes]) -> ShardIndex:
             tar.addfile(member, io.BytesIO(data))
     data = path.read_bytes()
     return ShardIndex(
-        path,
+        str(path),
         np.array(offsets, np.uint64),
         np.array([len(image) for image in images], np.uint32),
         np.full(len(images), -1, np.int32),
@@ -257,7 +258,7 @@ def test_images_beyond_the_limits_are_replaced_and_too_large_files_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = write_shards(tmp_path, counts=(6,))
-    sizes = shards.shards[0].sizes
+    sizes = shards[0].sizes
     largest = int(sizes.max())
     assert (sizes == largest).sum() == 1
     read: list[int] = []
@@ -311,7 +312,7 @@ def cut_short(path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", [remove, cut_short])
 def test_a_lost_tar_is_one_error_from_next(shards: ShardList, workers: int, damage: Callable[[Path], None]) -> None:
-    path = shards.shards[3].path
+    path = Path(shards[3].location)
     damage(path)
     stream = open_stream(shards, workers=workers)
     with pytest.raises(UserError) as caught:
@@ -322,10 +323,10 @@ def test_a_lost_tar_is_one_error_from_next(shards: ShardList, workers: int, dama
 
 
 def test_a_tar_cut_after_it_was_opened(tmp_path: Path) -> None:
-    (shard,) = write_shards(tmp_path, counts=(4,)).shards
+    (shard,) = write_shards(tmp_path, counts=(4,))
     reader = ShardReader()
     assert reader.read(shard, 0) == picture(0)
-    os.truncate(shard.path, int(shard.offsets[3]) + 5)
+    os.truncate(shard.location, int(shard.offsets[3]) + 5)
     with pytest.raises(UserError, match="ends inside a sample"):
         reader.read(shard, 3)
     reader.close()
@@ -333,7 +334,7 @@ def test_a_tar_cut_after_it_was_opened(tmp_path: Path) -> None:
 
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("seer.data.sources._OPEN_FILES", 3)
-    shards = write_shards(tmp_path, counts=(1,) * 8).shards
+    shards = write_shards(tmp_path, counts=(1,) * 8)
     reader = ShardReader()
     before = len(os.listdir("/proc/self/fd"))
     for number in (*range(8), 0, 7, 7):
@@ -364,7 +365,7 @@ def test_identity_names_what_changes_batches_and_nothing_else(shards: ShardList,
 
 
 def test_samples_are_read_for_evaluation_too(shards: ShardList) -> None:
-    data = read_sample(shards.shards[3], 4)
+    data = read_sample(shards[3], 4)
     assert data == picture(304)
     assert evaluation_crop(decode(data), 16).shape == (16, 16, 3)
 

@@ -21,7 +21,7 @@ from seer.evaluation.features import (
     labelled_crops,
     pixel_features,
 )
-from seer.shard_index import ShardList
+from seer.shard_list import ShardList
 
 
 def flat(images: torch.Tensor) -> torch.Tensor:

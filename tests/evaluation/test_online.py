@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from typing import Any
 from unittest import mock
 
@@ -14,7 +15,7 @@ from seer.errors import UserError
 from seer.evaluation import online as online_module
 from seer.evaluation.knn import knn_top1
 from seer.evaluation.online import OnlineEvaluation
-from seer.shard_index import ShardList
+from seer.shard_list import ShardList
 
 
 class Counting(torch.nn.Module):
@@ -147,7 +148,7 @@ def test_ranks_fail_together_and_the_first_tells(tmp_path):
     queries = labelled(tmp_path / "queries")
     nothing = ShardList([shard(tmp_path / "a.tar", [(b"no image", 1)] * 3)])
     lacking = labelled(tmp_path / "bank", (4, 4))
-    lacking.shards[1].path.unlink()  # the second rank's share
+    os.unlink(lacking[1].location)  # the second rank's share
     for bank, says in ((nothing, "not_an_image 3"), (lacking, "1.tar")):
         first, second = (found["error"] for found in ranks(2).run(scored, bank, queries))
         assert (first[0], second[0]) == ("UserError", "ToldElsewhere")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from seer import shard_manifest
 from seer.errors import UserError
 from seer.shard_index import index_path, load_index
-from seer.shards import manifest
 from seer.shards.index import Oddities, index, index_tar
 from seer.shards.tar import DamagedTar
 
@@ -99,7 +99,7 @@ def test_indexes_and_a_manifest_are_written(tmp_path: Path) -> None:
     for name in "ba":
         write(tmp_path / f"{name}.tar", (f"{name}.jpg", b"1"), ("c.jpg", b"2"))
     result = index([f"{tmp_path}/*.tar"])
-    assert [(shard.path.name, len(shard)) for shard in result.shards] == [("a.tar", 2), ("b.tar", 2)]
+    assert [(shard.name, len(shard)) for shard in result.shards] == [("a.tar", 2), ("b.tar", 2)]
     content = json.loads((tmp_path / "manifest.json").read_bytes())
     assert content["samples"] == 4 and [shard["name"] for shard in content["shards"]] == ["a.tar", "b.tar"]
     assert content["shards"][0]["digest"] == load_index(tmp_path / "a.tar").digest
@@ -169,7 +169,7 @@ def test_a_manifest_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: 
     def refuse(*_: object, **more: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(manifest, "write", refuse)
+    monkeypatch.setattr(shard_manifest, "write", refuse)
     with pytest.raises(UserError, match=r"manifest\.json cannot be written \(Read-only.*--index-dir"):
         index([str(tar)])
 
@@ -183,7 +183,7 @@ def test_a_damaged_tar_is_told_after_the_others_were_indexed(tmp_path: Path) -> 
     with pytest.raises(DamagedTar, match=r"b.tar is damaged at byte 1024: .*1 more tars are damaged"):
         index([f"{tmp_path}/*.tar"])
     assert len(load_index(tmp_path / "a.tar")) == len(load_index(tmp_path / "d.tar")) == 1
-    assert [shard["name"] for shard in (manifest.read(tmp_path) or {})["shards"]] == ["a.tar", "d.tar"]
+    assert [shard["name"] for shard in (shard_manifest.read(tmp_path) or {})["shards"]] == ["a.tar", "d.tar"]
 
 
 def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from seer import shard_manifest
 from seer.errors import UserError
-from seer.shard_index import ShardList, load_index
-from seer.shards import manifest
+from seer.shard_index import load_index
+from seer.shard_list import ShardList
 from seer.shards.pack import Packed, pack
 
 FILES = {
@@ -76,14 +77,14 @@ def test_the_index_leads_to_the_images(photos: Path, tmp_path: Path) -> None:
     shards = ShardList.open([f"{out}/*.tar"])
     assert shards.counts.tolist() == [3, 3, 2]
     seen = []
-    for shard in shards.shards:
-        data = shard.path.read_bytes()
+    for shard in shards:
+        data = Path(shard.location).read_bytes()
         assert shard.tar_size == len(data)
         for offset, size, label in zip(shard.offsets, shard.sizes, shard.labels, strict=True):
             seen.append((data[int(offset) : int(offset) + int(size)], int(label)))
     names = ["cat", "dog", "eel"]
     assert sorted(seen) == sorted((content, names.index(path.split("/")[0])) for path, content in FILES.items())
-    assert manifest.class_names(out) == names
+    assert shard_manifest.class_names(out) == names
 
 
 def test_labels_agree_with_the_members(photos: Path, tmp_path: Path) -> None:
@@ -98,15 +99,15 @@ def test_classes_can_be_those_of_another_pack(photos: Path, tmp_path: Path) -> N
     for name in ("cat", "eel"):
         (tmp_path / "val" / name).mkdir(parents=True)
         (tmp_path / "val" / name / "a.jpg").write_bytes(b"image")
-    classes = manifest.class_names(tmp_path / "train")
+    classes = shard_manifest.class_names(tmp_path / "train")
     pack(tmp_path / "val", tmp_path / "out", labels="folders", classes=classes, workers=1)
-    assert sorted(ShardList.open([f"{tmp_path}/out/*.tar"]).shards[0].labels) == [0, 2]
+    assert sorted(ShardList.open([f"{tmp_path}/out/*.tar"])[0].labels) == [0, 2]
     (tmp_path / "val" / "dgo").mkdir()
     (tmp_path / "val" / "dgo" / "a.jpg").write_bytes(b"image")
     with pytest.raises(UserError, match=r"dgo is no class of the given list: .* did you mean 'dog'"):
         pack(tmp_path / "val", tmp_path / "out2", labels="folders", classes=classes, workers=1)
     with pytest.raises(UserError, match="tells no class names"):
-        manifest.class_names(tmp_path / "val")
+        shard_manifest.class_names(tmp_path / "val")
 
 
 def test_with_labels_every_image_lies_in_a_class_folder(photos: Path, tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_shards_are_mixtures_of_about_the_size_that_was_asked_for(tmp_path: Path
     pack(tmp_path / "photos", tmp_path / "out", labels="folders", shard_bytes=100_000, workers=1)
     shards = ShardList.open([f"{tmp_path}/out/*.tar"])
     assert len(shards) > 5
-    for shard in shards.shards:
+    for shard in shards:
         assert shard.tar_size <= 100_000 + 8192 + 10240  # one image more, and tar's padding to 20 blocks
         assert set(shard.labels) == {0, 1, 2}
     assert shards.counts.min() > 0.5 * shards.counts.max()

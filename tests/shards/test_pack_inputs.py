@@ -15,7 +15,7 @@ from image_inputs import FILES, JPEG, PNG, folder, listed, packed_samples, tar, 
 
 from seer.cli.shards import run
 from seer.errors import UserError
-from seer.shard_index import ShardList
+from seer.shard_list import ShardList
 from seer.shards.listing import list_images
 from seer.shards.pack import pack
 
@@ -199,7 +199,7 @@ def test_numbered_labels_keep_their_numbers(tmp_path: Path) -> None:
     assert packed.labelled == len(FILES) // 2 and packed.classes == []
     wanted = {row["path"]: int(row["label"] or -1) for row in rows}
     assert {path: label for path, _, label, _ in packed_samples(tmp_path / "out")} == wanted
-    index = ShardList.open([f"{tmp_path}/out/*.tar"]).shards[0]
+    index = ShardList.open([f"{tmp_path}/out/*.tar"])[0]
     assert sorted(index.labels.tolist()) == sorted(wanted.values())
     with pytest.raises(UserError, match="label 6 has no name"):
         pack(photos / "list.csv", tmp_path / "named", classes=["a", "b"], workers=1)

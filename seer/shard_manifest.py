@@ -1,4 +1,4 @@
-"""manifest.json: the list of a folder's shards, for people and tools; training reads the indexes alone."""
+"""manifest.json: the list of a folder's shards, so that a run need not open every index before it starts."""
 
 from __future__ import annotations
 

@@ -1,0 +1,164 @@
+"""The shards to read, as one list: what an order needs is known at once, an index is loaded when its shard is read.
+
+Counts and digests stand in a folder's manifest.json, so that a billion images in 100,000 shards are listed in about a
+second; where images lie in a tar is 16 bytes an image, and only the indexes in use are held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seer import shard_manifest
+from seer.errors import UserError
+from seer.shard_index import ShardIndex, index_path, load_index
+from seer.shard_patterns import expand_shards
+
+_HELD_SAMPLES = 1 << 22  # of indexes that are held: 64 MB
+# What is wrong with the indexes of so few shards is told when they are listed, and not in the middle of a run.
+_FEW = 256
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+
+
+class ListedShard(NamedTuple):
+    """What is known of a shard before its index is loaded: images, bytes of the tar, blake2b of the tar."""
+
+    location: str
+    samples: int
+    tar_size: int
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """File name of the tar."""
+        return os.path.basename(self.location)
+
+
+class ShardList:
+    """Some shards in their order; which sample is drawn when depends on this list through `digest` alone.
+
+    `shards[number]` is the index of a shard. A list can be pickled; the indexes that were loaded stay behind.
+
+    Args:
+        shards: indexes, or what is known of shards whose index is loaded when it is asked for.
+        index_dir: folder of the indexes; None: beside the tars.
+
+    Attributes:
+        listed: what is known of each.
+        counts: (S,) int64, images of each shard; some may be 0.
+        digest: 32 hexadecimal characters over (file name, count, tar digest) of every shard in order, not over folders.
+    """
+
+    def __init__(self, shards: Sequence[ShardIndex | ListedShard], index_dir: Path | None = None) -> None:
+        self.listed = [
+            ListedShard(shard.location, len(shard), shard.tar_size, shard.digest)
+            if isinstance(shard, ShardIndex)
+            else shard
+            for shard in shards
+        ]
+        self.counts: NDArray[np.int64] = np.array([shard.samples for shard in self.listed], np.int64)
+        digest = hashlib.blake2b(digest_size=16)
+        for shard in self.listed:
+            digest.update(f"{shard.name}\0{shard.samples}\0{shard.digest}\n".encode("utf-8", "surrogateescape"))
+        self.digest = digest.hexdigest()
+        self._index_dir = index_dir
+        self._given = {number: shard for number, shard in enumerate(shards) if isinstance(shard, ShardIndex)}
+        self._loaded: dict[int, ShardIndex] = {}
+        self._held = 0
+
+    @classmethod
+    def open(cls, patterns: Sequence[str] | str, index_dir: Path | None = None) -> Self:
+        """All shards that the patterns mean, in an order that does not depend on folders.
+
+        Raises:
+            UserError: from `expand_shards` or `load_index`, or no image in any shard.
+        """
+        tars = expand_shards([patterns] if isinstance(patterns, str) else patterns)
+        shards = sorted(_listed(tars, index_dir), key=lambda shard: (shard.name, shard.digest))
+        found = cls(shards, index_dir)
+        if found.samples == 0:
+            raise UserError(
+                f"{tars[0]} and what else was named hold no image", "training needs images", "check the shards"
+            )
+        if len(found) <= _FEW:
+            for number in range(len(found)):
+                found[number]
+        return found
+
+    @classmethod
+    def joined(cls, lists: Sequence[ShardList]) -> ShardList:
+        """Several lists, one after the other, whose indexes lie in one place."""
+        return cls(
+            [one._given.get(number, shard) for one in lists for number, shard in enumerate(one.listed)],
+            lists[0]._index_dir,
+        )
+
+    def __getitem__(self, number: int) -> ShardIndex:
+        """The index of a shard.
+
+        Raises:
+            UserError: from `load_index`, or an index that is not the one that the folder's list tells of.
+        """
+        for known in (self._given, self._loaded):
+            if number in known:
+                return known[number]
+        shard = self.listed[number]
+        found = load_index(shard.location, self._index_dir)
+        if (len(found), found.tar_size, found.digest) != shard[1:]:
+            raise UserError(
+                f"{index_path(shard.location, self._index_dir)} does not fit {shard_manifest.NAME} beside it",
+                "a folder's list tells what its indexes hold",
+                f"run: seer shards index '{shard.location}'",
+            )
+        self._loaded[number] = found
+        self._held += len(found)
+        while self._held > _HELD_SAMPLES and len(self._loaded) > 1:
+            self._held -= len(self._loaded.pop(next(iter(self._loaded))))
+        return found
+
+    def __len__(self) -> int:
+        return len(self.listed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_loaded": {}, "_held": 0}
+
+    @property
+    def samples(self) -> int:
+        """Images in all shards."""
+        return int(self.counts.sum())
+
+
+def _listed(tars: Sequence[str], index_dir: Path | None) -> list[ListedShard | ShardIndex]:
+    """From the folders' lists where they tell of a tar of its size; else from its index."""
+    lists = cache(_list_of)
+    found: list[ListedShard | ShardIndex] = []
+    for tar in tars:
+        folder, name = os.path.split(tar)
+        entry = lists(folder if index_dir is None else os.fspath(index_dir)).get(name)
+        try:
+            fits = entry is not None and os.stat(tar).st_size == entry[1]
+        except OSError:
+            fits = False  # load_index tells why
+        found.append(ListedShard(tar, *entry) if entry is not None and fits else load_index(tar, index_dir))
+    return found
+
+
+def _list_of(folder: str) -> dict[str, tuple[int, int, str]]:
+    """File name -> images, bytes and digest of each shard that FOLDER/manifest.json lists."""
+    listed: dict[str, tuple[int, int, str]] = {}
+    for entry in (shard_manifest.read(Path(folder)) or {}).get("shards", []):
+        try:
+            name, samples, size, digest = (entry[word] for word in ("name", "samples", "bytes", "digest"))
+            if type(samples) is int and samples >= 0 and type(size) is int and _DIGEST.fullmatch(digest):
+                listed[name] = (samples, size, digest)
+        except (KeyError, TypeError):
+            continue  # somebody has edited it: the index tells
+    return listed

@@ -1,0 +1,97 @@
+"""Which tars a pattern means: paths, braces, wildcards."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+from seer.errors import UserError
+
+_MAX_NAMES = 1_000_000  # a typing error such as {0..999999999} must not eat the memory
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """All names that {000..127} and {a,b} stand for; other braces stay as they are."""
+    for group in re.finditer(r"\{([^{}]*)\}", pattern):
+        body = group.group(1)
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", body)
+        if span:
+            first, last = int(span.group(1)), int(span.group(2))
+            # As in bash: leading zeros anywhere set the width of all.
+            padded = any(len(end) > 1 and end.startswith("0") for end in span.groups())
+            width = max(map(len, span.groups())) if padded else 1
+            words: Iterator[str] = (f"{number:0{width}d}" for number in range(first, last + 1))
+        elif "," in body:
+            words = iter(body.split(","))
+        else:
+            continue
+        for word in words:
+            yield from _braces(pattern[: group.start()] + word + pattern[group.end() :])
+        return
+    yield pattern
+
+
+def _literal_folder(pattern: str) -> tuple[str, str]:
+    """Splits a pattern into the folders that exist under that very name ('photos [2024]') and the rest."""
+    parts = pattern.split("/")
+    taken = 0
+    while taken < len(parts) - 1 and os.path.isdir("/".join(parts[: taken + 1]) or "/"):
+        taken += 1
+    return "".join(part + "/" for part in parts[:taken]), "/".join(parts[taken:])
+
+
+def _matches(pattern: str) -> list[str]:
+    if "://" in pattern:
+        address = pattern.split("?")[0]  # the query of a signed URL is a secret
+        raise UserError(f"{address} is remote", "this version reads local files only", "copy or mount the shards")
+    if os.path.isfile(pattern):
+        return [pattern]
+    whole = os.path.expanduser(pattern)
+    if os.path.isfile(whole):
+        return [whole]
+    if os.path.isdir(whole):
+        remedy = f"write '{pattern.rstrip('/')}/*.tar'"
+        raise UserError(f"{pattern} is a folder", "shards are named by a pattern", remedy)
+    folder, rest = _literal_folder(whole)
+    found: list[str] = []
+    missing: list[str] = []
+    others: list[str] = []
+    for number, name in enumerate(_braces(rest)):
+        if number >= _MAX_NAMES:
+            raise UserError(f"{pattern} names over {_MAX_NAMES} shards", "braces stand for a list", "use '*' instead")
+        if os.path.isfile(folder + name):
+            found.append(folder + name)
+        elif glob.has_magic(name):
+            files = [file for file in glob.glob(glob.escape(folder) + name, recursive=True) if os.path.isfile(file)]
+            found += [file for file in files if file.endswith(".tar")]
+            others += [file for file in files if not file.endswith(".tar")]
+        else:
+            missing.append(folder + name)
+    if missing and found:
+        raise UserError(
+            f"{pattern} names {len(missing)} shards that do not exist, first {missing[0]}",
+            "braces name every shard",
+            "bring the missing ones, or take what is there with '*.tar'",
+        )
+    if not found:
+        rule = f"{others[0]} does not end in .tar" if others else f"there is no such file (seen from {os.getcwd()})"
+        raise UserError(f"no shard matches {pattern}", rule, "check the path; shards are made by: seer shards pack")
+    return found
+
+
+def expand_shards(patterns: Sequence[str]) -> list[str]:
+    """The tars that some patterns mean, as absolute paths without repetition, sorted by file name, then by path.
+
+    A pattern is a path that exists (taken as it is, whatever characters it has), or one with braces ({000..127}, {a,b}:
+    all of them must exist), with * ? [...] or ** (only names that end in .tar), or a mixture; ~ is the home folder.
+
+    Raises:
+        UserError: a pattern that matches nothing, a folder, a remote pattern.
+    """
+    found = {os.path.abspath(match) for pattern in patterns for match in _matches(str(pattern))}
+    if not found:
+        raise UserError("no shards are named", "at least one pattern is needed", "write for example 'SHARDS/*.tar'")
+    # By file name first, so that moving a folder does not change the order.
+    return sorted(found, key=lambda path: (os.path.basename(path), path))
