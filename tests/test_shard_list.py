@@ -152,6 +152,7 @@ print(seconds, int(most[1]) * 1024, len(shards), shards.samples)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_billion_images_are_listed_in_two_seconds_and_500_mb(tmp_path: Path) -> None:
     counts = np.random.default_rng(0).integers(9_000, 11_000, (20, 5_000))
     for number, of_folder in enumerate(counts):
