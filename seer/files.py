@@ -45,6 +45,22 @@ def write_atomically(file: Path, data: bytes) -> None:
     sync_folder(file.parent)
 
 
+def write_unless_other(file: Path, data: bytes, overwrite: bool) -> None:
+    """Writes a file that a user may have changed by hand: another content is replaced only if that is asked for.
+
+    Raises:
+        UserError: there is a file of another content, or the place cannot be written.
+    """
+    try:
+        if not overwrite and file.exists():
+            if file.read_bytes() == data:
+                return
+            raise UserError(f"{file} says something else", "what is there is not lost", "--overwrite replaces it")
+        write_atomically(file, data)
+    except OSError as error:
+        raise cannot_write(file, error) from None
+
+
 def cannot_write(place: Path, error: OSError) -> UserError:
     """The operating system's refusal to write, for the user: disk full, no permission, a file in the way."""
     reason = error.strerror or str(error)

@@ -39,7 +39,8 @@ class ShardIndex:
         sizes: (n,) uint32, bytes of each image.
         labels: (n,) int32, class numbers, -1 for none.
         tar_size: bytes of the tar when it was indexed.
-        digest: blake2b of the tar's bytes, 16 bytes as 32 hexadecimal characters.
+        digest: blake2b of the tar's bytes, 16 bytes as 32 hexadecimal characters. Where only some of the tar's images
+            were to be taken, "-" and the blake2b of `offsets` follow: another choice is other data.
     """
 
     location: str
@@ -56,6 +57,11 @@ class ShardIndex:
     def name(self) -> str:
         """File name of the tar."""
         return os.path.basename(self.location)
+
+    @property
+    def tar_digest(self) -> str:
+        """`digest` without the choice: blake2b of the tar's bytes."""
+        return self.digest.partition("-")[0]
 
 
 def index_path(tar: str | Path, index_dir: Path | None = None) -> Path:

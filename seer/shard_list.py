@@ -25,7 +25,7 @@ from seer.shard_patterns import expand_shards
 _HELD_SAMPLES = 1 << 22  # of indexes that are held: 64 MB
 # What is wrong with the indexes of so few shards is told when they are listed, and not in the middle of a run.
 _FEW = 256
-_DIGEST = re.compile(r"[0-9a-f]{32}")
+_DIGEST = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{32})?")  # the second part: of a choice of samples
 
 
 class ListedShard(NamedTuple):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from seer.errors import UserError
+from seer.wids_json import is_list, read_list
 
 _MAX_NAMES = 1_000_000  # a typing error such as {0..999999999} must not eat the memory
 
@@ -46,6 +47,8 @@ def _matches(pattern: str) -> list[str]:
     if "://" in pattern:
         address = pattern.split("?")[0]  # the query of a signed URL is a secret
         raise UserError(f"{address} is remote", "this version reads local files only", "copy or mount the shards")
+    if is_list(pattern):
+        return [shard.tar for shard in read_list(pattern)]
     if os.path.isfile(pattern):
         return [pattern]
     whole = os.path.expanduser(pattern)
@@ -85,7 +88,8 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
     """The tars that some patterns mean, as absolute paths without repetition, sorted by file name, then by path.
 
     A pattern is a path that exists (taken as it is, whatever characters it has), or one with braces ({000..127}, {a,b}:
-    all of them must exist), with * ? [...] or ** (only names that end in .tar), or a mixture; ~ is the home folder.
+    all of them must exist), with * ? [...] or ** (only names that end in .tar), or a mixture; ~ is the home folder. A
+    file that ends in .json lists tars (`seer.wids_json`).
 
     Raises:
         UserError: a pattern that matches nothing, a folder, a remote pattern.

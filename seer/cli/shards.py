@@ -25,10 +25,12 @@ Examples:
   seer shards index 'THEIRS/*.tar'                           # WebDataset tars made by others: only an index is added
   seer shards stats 'SHARDS/*.tar' --sheet sheet.png         # what is in them, in figures and as a picture
   seer shards verify 'SHARDS/*.tar'                          # reads every byte and names what is damaged
+  seer shards export 'SHARDS/*.tar' --wids SHARDS/set.json   # lists and indexes for wids and DALI
 
 Makes shards (tars with an index) out of images and looks after them. More: seer shards pack --help
 """
 _ON_SHEET = 60
+_BESIDE = object()  # an option that may name a folder was given without one
 
 _PACK = """\
 Examples:
@@ -48,9 +50,21 @@ Examples:
   seer shards index 'THEIRS/*.tar'
   seer shards index 'THEIRS/train-{000..127}.tar' --workers 16
   seer shards index '/read/only/*.tar' --index-dir INDEXES       # train with data.index_dir=INDEXES
+  seer shards index THEIRS/set.json                              # the tars that a list of wids names, compared with it
+  seer shards index 'THEIRS/*.tar' --from-dali                   # only the samples that DALI's NAME.idx lists
 
 Writes NAME.tar.seer.npz for each tar: where the image of each sample lies, and its class if it has a .cls member. Tars
-with a valid index are passed over.
+with a valid index are passed over; --from-dali makes all anew (to take all samples again, delete an index of it).
+"""
+
+_EXPORT = """\
+Examples:
+  seer shards export 'SHARDS/*.tar' --wids SHARDS/set.json       # for wids.ShardListDataset
+  seer shards export 'SHARDS/*.tar' --dali                       # NAME.idx beside each tar, for fn.readers.webdataset
+  seer shards export '/read/only/*.tar' --dali INDEXES           # in a folder of their own
+
+Tells other loaders what is in tars, those without an index of ours included. All samples are listed, also those
+without an image, as these loaders count them. The tars are not changed.
 """
 
 _VERIFY = """\
@@ -171,35 +185,95 @@ def _pack(argv: Sequence[str]) -> int:
     what = f"{many(packed.samples, 'image')} in {many(packed.shards, 'shard')}, {said(packed.bytes)}, {labels}"
     took = "already there, nothing to do" if packed.already_there else f"{time.monotonic() - start:.1f} s"
     print(f"{packed.out}: {what} ({took})")
-    _say_next(packed.out)
+    _say_next(f"{packed.out}/*.tar")
     return 0
 
 
-def _say_next(folder: Path, index_dir: Path | None = None) -> None:
+def _say_next(pattern: str, index_dir: Path | None = None) -> None:
     more = f"data.index_dir={shlex.quote(str(index_dir))} " if index_dir else ""
-    pattern = shlex.quote(f"{folder}/*.tar")
-    print(f"next: seer train data.shards={pattern} {more}experiment=small run_dir=runs/mine")
+    print(f"next: seer train data.shards={shlex.quote(pattern)} {more}experiment=small run_dir=runs/mine")
 
 
 def _index(argv: Sequence[str]) -> int:
     arguments = _arguments("index", _INDEX)
     arguments.add_argument("patterns", metavar="TARS", nargs="+", help="paths or quoted patterns")
     arguments.add_argument("--index-dir", type=path, help="where the indexes go (default: beside the tars)")
+    from_dali = "only the samples that NAME.idx of DALI lists, in DIR or beside the tars"
+    arguments.add_argument("--from-dali", metavar="DIR", type=path, nargs="?", const=_BESIDE, help=from_dali)
     chosen = arguments.parse(argv)
 
+    from seer.shard_patterns import expand_shards
+    from seer.shards import dali, wids
     from seer.shards.index import index
+    from seer.wids_json import is_list
 
-    start = time.monotonic()
+    start, only = time.monotonic(), None
+    lists = [pattern for pattern in chosen.patterns if is_list(pattern)]
+    if lists:
+        with _progress("comparing with the list") as progress:
+            wids.check(lists, workers=chosen.workers, progress=progress)
+    if chosen.from_dali is not None:
+        idx_dir = None if chosen.from_dali is _BESIDE else chosen.from_dali
+        tars = [Path(tar) for tar in expand_shards(chosen.patterns)]
+        only = dali.choices(tars, idx_dir, workers=chosen.workers)
     with _progress("indexing") as progress:
-        indexed = index(chosen.patterns, chosen.index_dir, workers=chosen.workers, progress=progress)
+        indexed = index(chosen.patterns, chosen.index_dir, only=only, workers=chosen.workers, progress=progress)
     for sentence in indexed.oddities.sentences():
         print(sentence)
+    chosen_before = sum(shard.digest != shard.tar_digest for shard in indexed.shards) if only is None else 0
+    if chosen_before:
+        print(f"{chosen_before} indexes hold only samples of a former --from-dali; delete them to take all")
     samples = sum(len(shard) for shard in indexed.shards)
     labelled = sum(int((shard.labels >= 0).sum()) for shard in indexed.shards)
     before = f"{indexed.already_there} had their index before; " if indexed.already_there else ""
     what = f"{many(samples, 'image')} in {many(len(indexed.shards), 'shard')}, {labelled:,} with a label"
     print(f"{what} ({before}{time.monotonic() - start:.1f} s)")
-    _say_next(Path(indexed.shards[0].location).parent, chosen.index_dir)
+    whole = (
+        lists[0] if lists == chosen.patterns and len(lists) == 1 else f"{Path(indexed.shards[0].location).parent}/*.tar"
+    )
+    _say_next(whole, chosen.index_dir)
+    return 0
+
+
+def _export(argv: Sequence[str]) -> int:
+    arguments = _arguments("export", _EXPORT)
+    arguments.add_argument("patterns", metavar="TARS", nargs="+", help="paths or quoted patterns")
+    arguments.add_argument("--wids", metavar="FILE.json", type=path, help="list the tars for wids (reads every byte)")
+    beside = "write NAME.idx for DALI, in DIR or beside the tars (reads headers)"
+    arguments.add_argument("--dali", metavar="DIR", type=path, nargs="?", const=_BESIDE, help=beside)
+    arguments.add_argument("--overwrite", action="store_true", help="replace files that say something else")
+    chosen = arguments.parse(argv)
+    if chosen.wids is None and chosen.dali is None:
+        raise UserError("seer shards export", "it writes for one loader or both", "add --wids FILE.json or --dali")
+    if chosen.wids is not None and chosen.wids.suffix != ".json":
+        raise UserError(f"--wids {chosen.wids}", "a list of wids is named FILE.json", f"write {chosen.wids}.json")
+
+    from seer.shard_patterns import expand_shards
+    from seer.shards import dali, wids
+    from seer.shards.index import make_folder
+    from seer.wids_json import below
+
+    tars = [Path(tar) for tar in expand_shards(chosen.patterns)]
+    asked = {"overwrite": chosen.overwrite, "workers": chosen.workers}
+    if chosen.wids is not None:
+        make_folder(chosen.wids.parent)
+        with _progress("reading") as progress:
+            listed = wids.export(tars, chosen.wids, progress=progress, **asked)
+        samples = sum(shard.samples for shard in listed)
+        print(f"{chosen.wids}: {many(samples, 'sample')} in {many(len(tars), 'shard')}")
+        folder = str(chosen.wids.absolute().parent)
+        elsewhere = sum(not below(shard.tar, folder) for shard in listed)
+        if elsewhere:
+            where = "not below its folder: listed by absolute path, which wids reads and seer shards index refuses"
+            print(f"{many(elsewhere, 'shard')} {where}")
+    if chosen.dali is not None:
+        idx_dir = None if chosen.dali is _BESIDE else chosen.dali
+        if idx_dir is not None:
+            make_folder(idx_dir)
+        with _progress("listing") as progress:
+            samples = dali.export(tars, idx_dir, progress=progress, **asked)
+        place = dali.idx_path(tars[0], idx_dir).parent
+        print(f"{place}/*.idx: {many(samples, 'sample')} in {many(len(tars), 'shard')}")
     return 0
 
 
@@ -266,7 +340,13 @@ def _stats(argv: Sequence[str]) -> int:
     return 0
 
 
-_VERBS: dict[str, Callable[[Sequence[str]], int]] = {"pack": _pack, "index": _index, "stats": _stats, "verify": _verify}
+_VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "pack": _pack,
+    "index": _index,
+    "stats": _stats,
+    "verify": _verify,
+    "export": _export,
+}
 
 
 def run(argv: list[str]) -> int:

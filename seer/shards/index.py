@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from seer import shard_manifest
 from seer.errors import UserError
@@ -35,17 +36,20 @@ class Oddities:
         without_image: samples in which no member has the extension of an image.
         several_images: samples with more than one image; the first is taken.
         unreadable_labels: `.cls` members that are no class number; their images count as unlabelled.
+        not_chosen: images that were left out because only some were asked for.
     """
 
     without_image: int = 0
     several_images: int = 0
     unreadable_labels: int = 0
+    not_chosen: int = 0
 
     def __add__(self, other: Oddities) -> Oddities:
         return Oddities(
             self.without_image + other.without_image,
             self.several_images + other.several_images,
             self.unreadable_labels + other.unreadable_labels,
+            self.not_chosen + other.not_chosen,
         )
 
     def sentences(self) -> list[str]:
@@ -54,6 +58,7 @@ class Oddities:
             (self.without_image, "samples have no image and are left out"),
             (self.several_images, "samples have several images, the first is taken (a name ends at its first dot)"),
             (self.unreadable_labels, "labels (.cls) are no class number; their images count as unlabelled"),
+            (self.not_chosen, "images are not listed and are left out"),
         ]
         return [f"{count} {what}" for count, what in told if count]
 
@@ -148,10 +153,24 @@ def _is_valid(tar: Path, index_dir: Path | None) -> bool:
         return False
 
 
-def _make(job: tuple[Path, Path | None]) -> tuple[ShardIndex, Oddities] | DamagedTar:
-    tar, index_dir = job
+def chosen(index: ShardIndex, offsets: NDArray[np.uint64]) -> tuple[ShardIndex, Oddities]:
+    """The index of those images alone that begin at some of the offsets."""
+    taken = np.isin(index.offsets, offsets)
+    if taken.all():
+        return index, Oddities()
+    rows = (index.offsets[taken], index.sizes[taken], index.labels[taken])
+    digest = f"{index.digest}-{hashlib.blake2b(rows[0].astype('<u8').tobytes(), digest_size=16).hexdigest()}"
+    left_out = Oddities(not_chosen=int((~taken).sum()))
+    return replace(index, offsets=rows[0], sizes=rows[1], labels=rows[2], digest=digest), left_out
+
+
+def _make(job: tuple[Path, Path | None, NDArray[np.uint64] | None]) -> tuple[ShardIndex, Oddities] | DamagedTar:
+    tar, index_dir, only = job
     try:
         index, oddities = index_tar(tar)
+        if only is not None:
+            index, left_out = chosen(index, only)
+            oddities += left_out
         save_index(index, index_path(tar, index_dir))
     except DamagedTar as error:
         return error
@@ -183,7 +202,12 @@ def _write_manifests(shards: Sequence[ShardIndex], index_dir: Path | None) -> No
 
 
 def index(
-    patterns: Sequence[str], index_dir: Path | None = None, *, workers: int = 1, progress: Progress = silent
+    patterns: Sequence[str],
+    index_dir: Path | None = None,
+    *,
+    only: Mapping[Path, NDArray[np.uint64]] | None = None,
+    workers: int = 1,
+    progress: Progress = silent,
 ) -> Indexed:
     """Makes NAME.tar.seer.npz for each tar that the patterns mean, and one manifest.json a folder.
 
@@ -192,6 +216,7 @@ def index(
     Args:
         patterns: see `seer.shard_patterns.expand_shards`.
         index_dir: where the indexes go; None: beside the tars.
+        only: of each tar the offsets of the members that may be taken (all indexes are then made anew); None: all.
         workers: processes.
         progress: called with bytes done and bytes in all.
 
@@ -202,12 +227,13 @@ def index(
     tars = [Path(tar) for tar in expand_shards(patterns)]
     if index_dir is not None:
         _refuse_equal_names(tars)
-        _make_folder(index_dir)
-    left = [tar for tar in tars if not _is_valid(tar, index_dir)]
+        make_folder(index_dir)
+    left = [tar for tar in tars if only is not None or not _is_valid(tar, index_dir)]
     sizes = {tar: _size(tar) for tar in left}
     done, total = 0, sum(sizes.values())
     oddities, damaged = Oddities(), list[DamagedTar]()
-    for (tar, _), result in each(_make, [(tar, index_dir) for tar in left], workers):
+    jobs = [(tar, index_dir, None if only is None else only[tar]) for tar in left]
+    for (tar, _, _), result in each(_make, jobs, workers):
         if isinstance(result, DamagedTar):
             damaged.append(result)
         else:
@@ -240,7 +266,8 @@ def _refuse_equal_names(tars: Sequence[Path]) -> None:
             raise UserError(f"{other} and {tar} have one name", rule, "give each folder its own --index-dir")
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Makes a folder for indexes, if it is not there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,7 +12,7 @@ from seer import shard_manifest
 from seer.errors import UserError
 from seer.shard_index import index_path, load_index
 from seer.shard_patterns import expand_shards
-from seer.shards.index import index_tar
+from seer.shards.index import chosen, index_tar
 from seer.shards.processes import Progress, each, silent
 
 
@@ -67,13 +67,17 @@ def _problem(job: tuple[Path, Path | None]) -> str | None:
         return str(error)
     if known is None:
         return problem
-    if seen.digest != known.digest:
+    if seen.digest != known.tar_digest:
         return f"{tar} is altered: its headers are sound but not all bytes are those that were indexed; copy it again"
-    same = all(
+    if known.digest != known.tar_digest:
+        seen, _ = chosen(seen, known.offsets)
+    same = seen.digest == known.digest and all(
         np.array_equal(ours, theirs)
         for ours, theirs in ((seen.offsets, known.offsets), (seen.sizes, known.sizes), (seen.labels, known.labels))
     )
-    return None if same else f"{index_path(tar, index_dir)} does not fit its tar; run: seer shards index '{tar}'"
+    if same:
+        return None
+    return f"{index_path(tar, index_dir)} does not fit its tar; run: seer shards index '{tar}'"
 
 
 def _missing(tars: Sequence[Path], index_dir: Path | None) -> list[Finding]:

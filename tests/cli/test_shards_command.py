@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 import time
@@ -56,6 +57,39 @@ def test_index_elsewhere_tells_how_to_train(tmp_path: Path, capsys: pytest.Captu
     assert f"data.shards='{SAMPLE}/val/*.tar' data.index_dir={tmp_path} " in capsys.readouterr().out
 
 
+def test_export_to_others_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(SAMPLE / "val", tmp_path / "val")
+    tar, file = tmp_path / "val" / "val-000000.tar", tmp_path / "val" / "set.json"
+    assert run(["export", str(tar), "--wids", str(file), "--dali", "--workers", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{file}: 20 samples in 1 shard",
+        f"{tmp_path}/val/*.idx: 20 samples in 1 shard",
+    ]
+    assert run(["index", str(file), "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "20 images in 1 shard, 20 with a label (1 had their index before" in printed
+    assert printed.splitlines()[-1] == f"next: seer train data.shards={file} experiment=small run_dir=runs/mine"
+    assert run(["verify", str(file)]) == 0
+
+    idx = tar.with_suffix(".idx")
+    _, _, *lines = idx.read_text().splitlines()
+    idx.write_text("\n".join(["v1.2 19", *lines]))
+    capsys.readouterr()
+    assert run(["index", str(tar), "--from-dali", "--workers", "1"]) == 0
+    assert capsys.readouterr().out.startswith("1 images are not listed and are left out\n19 images in 1 shard, ")
+
+    assert run(["index", str(tar)]) == 0
+    assert capsys.readouterr().out.startswith("1 indexes hold only samples of a former --from-dali; delete them")
+
+    assert run(["export", str(tar), "--dali", str(tmp_path / "idx"), "--wids", f"{tmp_path}/idx/a.json"]) == 0
+    assert "1 shard not below its folder: listed by absolute path" in capsys.readouterr().out
+    assert run(["index", str(tar), "--from-dali", str(tmp_path / "idx")]) == 0
+    assert "20 images in 1 shard" in capsys.readouterr().out
+    file.write_text(file.read_text().replace('"nsamples": 20', '"nsamples": 21'))
+    with pytest.raises(UserError, match=r"val-000000\.tar has 20 samples, .*set\.json lists 21: "):
+        run(["index", str(file)])
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -68,6 +102,11 @@ def test_index_elsewhere_tells_how_to_train(tmp_path: Path, capsys: pytest.Captu
         (["pack", "x", "--out", "y", "--samples", "5", "--size", "1MB"], "not allowed with"),
         (["pack", "x", "--out", "y", "--wat"], "seer shards pack --wat: there is no such option"),
         (["verify"], "required: TARS"),
+        (["export", f"{SAMPLE}/val/*.tar"], "add --wids FILE.json or --dali"),
+        (["export", "--dali", f"{SAMPLE}/val/*.tar"], "required: TARS"),
+        (["export", f"{SAMPLE}/val/*.tar", "--wids", "set"], "a list of wids is named FILE.json; write set.json"),
+        (["export", f"{SAMPLE}/val/*.tar", "--dali", "--overwrit"], "did you mean '--overwrite'?"),
+        (["index", f"{SAMPLE}/val/*.tar", "--from-dali"], "val-000000.idx cannot be read (No such file or directory)"),
         (["pack", "no-such-folder", "--out", "y"], "no-such-folder cannot be read"),
     ],
 )
@@ -87,7 +126,7 @@ def test_the_home_folder(photos: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert {"out", "more", "indexes"} <= {path.name for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("verb", ["pack", "index", "verify"])
+@pytest.mark.parametrize("verb", ["pack", "index", "verify", "export"])
 def test_help_begins_with_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         run([verb, "--help"])

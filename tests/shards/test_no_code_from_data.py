@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -85,6 +86,14 @@ def test_nothing_runs(tmp_path: Path, canary: Path, capsys: pytest.CaptureFixtur
     )
     config.data.shards = [str(shards / "*.tar")]
     assert loop.run(config).result["bad_samples"] > 0
+    assert not canary.exists()
+
+    # Lists and indexes of other loaders, of which wids would run the one and unpickle the other.
+    listed = {"url": f"pipe:touch '{canary}'", "nsamples": 1}
+    (shards / "set.json").write_text(json.dumps({"wids_version": 1, "shardlist": [listed]}))
+    assert main(["shards", "index", str(shards / "set.json")]) == 2
+    (shards / "a.idx").write_bytes(hostile["s2.pkl"])
+    assert main(["shards", "index", str(shards / "a.tar"), "--from-dali"]) == 2
     assert not canary.exists()
 
     # An index of our own name that is a pickle: refused, and not by way of loading it.

@@ -213,7 +213,8 @@ def test_every_cut_is_an_error(tmp_path: Path, form: str) -> None:
     whole = path.read_bytes()
     last = list(members(path))[-1]
     closing = -(-(last.offset + last.size) // 512) * 512 + 512
-    for length in range(0, len(whole), 97):
+    boundaries = range(0, len(whole), 512)  # where tarfile sees a shorter list and nothing wrong
+    for length in sorted({*range(0, len(whole), 97), *boundaries}):
         path.write_bytes(whole[:length])
         if length >= closing:
             assert len(ours(path)) == 3  # only padding is missing

@@ -1,11 +1,16 @@
+import io
 import shutil
+import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from seer.errors import UserError
 from seer.shard_index import ShardIndex, index_path, load_index, save_index
+from seer.shards.index import chosen, index
 from seer.shards.tar import members
 from seer.shards.verify import verify
 
@@ -65,6 +70,32 @@ def test_a_cut_tar_is_found(shards: Path) -> None:
             assert f"damaged at byte {boundary}: the file ends without the zero block" in problem
 
 
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_flip_of_every_97th_byte_and_a_cut_at_every_boundary_is_found(tmp_path: Path, form: int) -> None:
+    """Of headers, names, images, labels and padding; of members and the blocks inside of them."""
+    tar = tmp_path / "a.tar"
+    with tarfile.open(tar, "w", format=form) as file:
+        for name in ("a.jpg", "a.cls", "folder/" * 20 + "b.jpg", "c.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = 700, 1.5 if form == tarfile.PAX_FORMAT else 1
+            file.addfile(member, io.BytesIO(bytes(range(70)) * 10))
+    index([str(tar)])
+    assert problems(tmp_path) == []
+    whole = tar.read_bytes()
+    ends = [-(-(member.offset + member.size) // 512) * 512 for member in members(tar)]
+    for at in range(0, len(whole), 97):
+        tar.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        (problem,) = problems(tmp_path)
+        assert "is damaged at byte" in problem or "is altered" in problem, at
+    for length in range(0, len(whole), 512):
+        tar.write_bytes(whole[:length])
+        (problem,) = problems(tmp_path)
+        if length in ends:
+            assert f"damaged at byte {length}: the file ends without the zero block" in problem
+    tar.write_bytes(whole)
+    assert problems(tmp_path) == []
+
+
 def test_a_tar_that_was_cut_between_members_and_closed_again_is_found(shards: Path) -> None:
     """Such a tar is sound for every program that reads tars: only its index knows better, by size and by digest."""
     tar = shards / "train-000000.tar"
@@ -93,6 +124,26 @@ def test_an_index_that_does_not_fit_is_found(shards: Path) -> None:
     save_index(ShardIndex(tar, moved, good.sizes, good.labels, good.tar_size, good.digest), index_path(tar))
     (problem,) = problems(shards)
     assert "does not fit its tar" in problem
+
+
+def test_an_index_of_fewer_images_is_sound_one_of_others_is_not(shards: Path) -> None:
+    tar = shards / "train-000000.tar"
+    good = load_index(tar)
+
+    def rows(*numbers: int) -> dict[str, Any]:
+        places = list(numbers)
+        return {"offsets": good.offsets[places], "sizes": good.sizes[places], "labels": good.labels[places]}
+
+    some, _ = chosen(good, good.offsets[[0, 3, 19]])
+    save_index(some, index_path(tar))
+    assert len(load_index(tar)) == 3 and problems(shards) == []
+    others = [replace(some, digest=good.digest), replace(good, digest=some.digest)]
+    others += [replace(some, labels=some.labels + np.int32(1))]
+    others += [replace(some, **rows(0, 3, 3)), replace(some, **rows(0, 3))]
+    for wrong in others:
+        save_index(wrong, index_path(tar))
+        (problem,) = problems(shards)
+        assert "does not fit its tar" in problem
 
 
 def test_indexes_elsewhere(shards: Path, tmp_path: Path) -> None:
