@@ -32,9 +32,9 @@ COPY conf conf
 RUN pip install --no-deps . && pip check
 
 FROM python:3.12-slim-bookworm
-# What pillow-simd was linked against; the headers and the compiler stay behind.
+# What pillow-simd was linked against, and a C compiler: torch compiles colour and blur for the GPU when a run starts.
 RUN apt-get update && apt-get install -y --no-install-recommends \
-      libjpeg62-turbo libtiff6 libwebp7 libwebpdemux2 libwebpmux3 && rm -rf /var/lib/apt/lists/*
+      gcc libc6-dev libjpeg62-turbo libtiff6 libwebp7 libwebpdemux2 libwebpmux3 && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/seer /opt/seer
 ENV PATH=/opt/seer/bin:$PATH PYTHONUNBUFFERED=1 NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN python -c "from PIL import features; assert all(map(features.check, ('jpg', 'webp', 'zlib', 'libtiff')))" && seer --help

@@ -6,6 +6,13 @@ For crops of 224, 96 and 48 pixels: process CPU time a crop, both sides in turn 
 choices, medians over rounds. Pillow's side is brightness, contrast, saturation, hue (in 8-bit HSV) in random order,
 grayscale, GaussianBlur (an approximation by boxes), conversion to a float tensor and normalisation; ours is one call on
 the batch. Exits with 1 if ours is slower at any size.
+
+    python benchmarks/bench_photometric.py --drivers cuda --out photometric_gpu.json
+
+compares our two drivers on one device instead: one operation after the other on the crops that it applies to, which
+runs on CPUs, and all operations compiled to one call, which runs on GPUs. Wall-clock time a crop until the device is
+done, in turn on the same crops, medians over rounds; compiling is told beside. Exits with 1 if the compiled one is
+slower at any size (on a CPU it is).
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ from torch import Tensor
 
 from seer.data.crops import MEAN, STD
 from seer.data.photometric import photometric
+from seer.data.photometric_masked import compiled_photometric
 from seer.data.photometric_parameters import (
     BRIGHTNESS,
     CONTRAST,
@@ -44,6 +52,8 @@ from seer.data.photometric_parameters import (
 )
 
 SIZES = {224: 32, 96: 128, 48: 256}  # pixels: crops a round
+GPU_SIZES = {224: 512, 96: 1024, 48: 1024}  # of 256 images: 2 large crops, 4 small ones
+QUICK_SIZES = {16: 8}
 ENHANCERS = {
     BRIGHTNESS: ImageEnhance.Brightness,
     CONTRAST: ImageEnhance.Contrast,
@@ -103,25 +113,79 @@ def measure(size: int, count: int, rounds: int) -> dict[str, float]:
     return {"size": size, "crops": count, "ours_ms": found, "pillow_ms": other, "ratio": other / found}
 
 
+def wall_milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def measure_drivers(size: int, count: int, rounds: int, device: torch.device) -> dict[str, float]:
+    rng, spec, dtype = np.random.default_rng(size), PhotometricSpec(), torch.float32
+    begun = time.perf_counter()
+    compiled = compiled_photometric([(count, size, size, 3)], spec, dtype, device)
+    compile_seconds = time.perf_counter() - begun
+    times: dict[str, list[float]] = {"subsets": [], "compiled": []}
+    for number in range(rounds + 1):
+        pixels = torch.from_numpy(crops_of(size, count, rng)).to(device)
+        parameters = torch.from_numpy(photometric_parameters(rng.random((count, DRAWS)), spec))
+        calls = {
+            "subsets": lambda: photometric(pixels, parameters, spec, dtype),  # noqa: B023
+            "compiled": lambda: compiled(pixels, parameters),  # noqa: B023
+        }
+        wall_milliseconds(lambda: None, device)  # the copy is done before the first clock starts
+        for name in sorted(calls, reverse=bool(number % 2)):
+            times[name].append(wall_milliseconds(calls[name], device) / count)
+    subsets, ours = (statistics.median(times[name][1:]) for name in ("subsets", "compiled"))  # the first warms up
+    row = {"size": size, "crops": count, "compiled_ms": ours, "subsets_ms": subsets, "ratio": subsets / ours}
+    return row | {"compile_seconds": compile_seconds}
+
+
+def beside_pillow(rounds: int) -> list[dict[str, float]]:
+    results = []
+    print(f"{'pixels':>6} {'ours, ms a crop':>16} {'Pillow, ms a crop':>18} {'times as fast':>14}")
+    for size, count in SIZES.items():
+        row = measure(size, count, rounds)
+        results.append(row)
+        print(f"{size:>6} {row['ours_ms']:>16.3f} {row['pillow_ms']:>18.3f} {row['ratio']:>14.2f}", flush=True)
+    return results
+
+
+def beside_each_other(sizes: dict[int, int], rounds: int, device: torch.device) -> list[dict[str, float]]:
+    results = []
+    heads = f"{'compiled, ms a crop':>20} {'subsets, ms a crop':>19} {'times as fast':>14} {'compiling, s':>13}"
+    print(f"{'pixels':>6} {heads}")
+    for size, count in sizes.items():
+        row = measure_drivers(size, count, rounds, device)
+        results.append(row)
+        figures = f"{row['compiled_ms']:>20.4f} {row['subsets_ms']:>19.4f} {row['ratio']:>14.2f}"
+        print(f"{size:>6} {figures} {row['compile_seconds']:>13.1f}", flush=True)
+    return results
+
+
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--drivers", choices=("cpu", "cuda"), help="compare our two drivers on this device")
+    arguments.add_argument("--quick", action="store_true", help="with --drivers: one tiny size, to see that it runs")
     arguments.add_argument("--out", type=Path)
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
-    results = []
-    print(f"{'pixels':>6} {'ours, ms a crop':>16} {'Pillow, ms a crop':>18} {'times as fast':>14}")
-    for size, count in SIZES.items():
-        row = measure(size, count, options.rounds)
-        results.append(row)
-        print(f"{size:>6} {row['ours_ms']:>16.3f} {row['pillow_ms']:>18.3f} {row['ratio']:>14.2f}", flush=True)
+    device = torch.device(options.drivers or "cpu")
+    if options.drivers:
+        sizes = QUICK_SIZES if options.quick else SIZES if device.type == "cpu" else GPU_SIZES
+        results = beside_each_other(sizes, options.rounds, device)
+    else:
+        results = beside_pillow(options.rounds)
     if options.out:
         record = {
             "command": " ".join(["python", *sys.argv]),
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",
             "threads": options.threads,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "torch": torch.__version__,
             "pillow": PIL.__version__,
             "results": results,

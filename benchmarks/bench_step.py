@@ -115,13 +115,12 @@ def learning_rate(config: TrainConfig) -> float:
 def our_state(config: TrainConfig, layout: Layout) -> tuple[TrainState, StepSettings]:
     state = fresh_state(config, device=CPU, strategy="single", learning_rate=learning_rate(config))
     state.learner.backbone.to(memory_format=layout.memory_format)
-    dtype, autocast = build.precision_of(config)
+    _, autocast = build.precision_of(config)
     settings = StepSettings(
         device=CPU,
-        dtype=dtype,
         autocast=autocast,
         channels_last=layout.channels_last,
-        photometric=build.photometric_spec(config.data),
+        photometric=build.photometric_of(config, CPU),
         average_statistics=not config.parallel.sync_batchnorm,
     )
     return state, settings

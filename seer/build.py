@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,8 @@ from seer.config import CropConfig, DataConfig, TrainConfig
 from seer.data.crops import CropSpec
 from seer.data.decode import ImageLimits
 from seer.data.mixture import open_shards
+from seer.data.photometric import photometric
+from seer.data.photometric_masked import compiled_photometric
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.stream import DataStream
 from seer.derived import Resolved, resolve_order
@@ -30,7 +34,7 @@ from seer.optim.larc import LARC
 from seer.optim.schedules import WarmupCosine
 from seer.parallel import strategies
 from seer.parallel.sync_batchnorm import synchronise_batchnorms
-from seer.rank_environment import rank_environment
+from seer.rank_environment import first_of_machine, rank_environment
 
 Optimizer = LARC | MaskedAdamW
 
@@ -270,6 +274,32 @@ def photometric_spec(data: DataConfig) -> PhotometricSpec:
         blur_min_sigma=p.blur_min_sigma,
         blur_max_sigma=p.blur_max_sigma,
     )
+
+
+def photometric_of(config: TrainConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Colour and blur of one resolution: (uint8 crops on the device, parameters on the host) -> float crops.
+
+    On a GPU it is compiled, here and now, for the sizes of this run. Where that cannot be done, the operations run one
+    by one, and one process of the machine says so.
+    """
+    spec, dtype = photometric_spec(config.data), precision_of(config)[0]
+    one_by_one = partial(photometric, spec=spec, dtype=dtype)
+    if device.type == "cpu":
+        return one_by_one
+    images = config.train.global_batch_size // distributed.world_size()
+    shapes = [(crop.count * images, crop.size, crop.size, 3) for crop in crop_specs(config.data)]
+    try:
+        return compiled_photometric(shapes, spec, dtype, device)
+    except Exception as error:  # no Triton, no compiler, no headers, an old GPU: each has another type
+        if first_of_machine():
+            reason = next((line for line in str(error).splitlines() if line.strip()), "")
+            print(
+                f"seer: colour and blur are not compiled on this GPU ({type(error).__name__}: {reason}); they run one "
+                "operation at a time. To compile them: a C compiler, Python's headers, and torch with its Triton",
+                file=sys.stderr,
+                flush=True,
+            )
+        return one_by_one
 
 
 def crop_specs(data: DataConfig) -> list[CropSpec]:

@@ -37,6 +37,12 @@ class RankEnvironment:
     master_port: int
 
 
+def first_of_machine() -> bool:
+    """Whether this process is the one that tells what holds for its whole machine."""
+    environment = rank_environment()
+    return environment is None or environment.local_rank == 0
+
+
 def rank_environment(environ: Mapping[str, str] = os.environ) -> RankEnvironment | None:
     """What the launcher set, or None: one process by itself.
 

@@ -1,12 +1,15 @@
 """The benchmarks run and say what they promise; what they measure is for a quiet machine."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,3 +90,19 @@ def test_pool_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
     told = json.loads(ran.stdout.splitlines()[-1])
     assert told.keys() == {"main_ms", "main_ratio", "cpu_ratio", "speed_ratio", "cpu_efficiency"}
     assert json.loads(out.read_text())["summary"] == told
+
+
+def test_photometric_benchmark_compares_its_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, where the compiler, which takes a minute, is left out: the graph runs as it was traced."""
+    place = importlib.util.spec_from_file_location("bench_photometric", ROOT / "benchmarks" / "bench_photometric.py")
+    assert place is not None and place.loader is not None
+    script = importlib.util.module_from_spec(place)
+    place.loader.exec_module(script)
+    out = tmp_path / "photometric.json"
+    command = ["bench_photometric.py", "--drivers", "cpu", "--quick", "--rounds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    assert script.main() in (0, 1)
+    (row,) = json.loads(out.read_text())["results"]
+    assert row["ratio"] == pytest.approx(row["subsets_ms"] / row["compiled_ms"]) and row["compile_seconds"] > 0
+    torch.compiler.reset()

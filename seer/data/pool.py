@@ -119,6 +119,11 @@ class BatchPool:
         """Process ids of the workers."""
         return [worker.process.pid for worker in self._workers]
 
+    @property
+    def memory(self) -> NDArray[np.uint8]:
+        """Whole pages in which all batches lie; they keep their place."""
+        return self._ring.memory
+
     def next(self) -> Made:
         """The next batch.
 
@@ -402,6 +407,7 @@ class _Ring:
             os.ftruncate(file, head + slots * size)
         self.file = -1 if file is None else file
         memory = mmap.mmap(self.file, head + slots * size)  # lives as long as an array that looks at it
+        self.memory = np.frombuffer(memory, np.uint8)
         self._at = np.frombuffer(memory, np.int64, 8 * workers).reshape(workers, 8)
         self._slots = []
         for number in range(slots):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from seer.data.assembly import BadSample, BatchAssembler
@@ -134,6 +135,11 @@ class DataStream:
     def quarantine(self) -> set[tuple[str, int]]:
         """Samples that killed their worker, found so far: name of the tar, place in it. They are replaced."""
         return {(Path(self._assembler.shard_path(shard)).name, sample) for shard, sample in self._assembler.quarantine}
+
+    @property
+    def memory(self) -> NDArray[np.uint8]:
+        """In which the batches of the running iterator lie, all of them in turn."""
+        return np.empty(0, np.uint8) if self._pool is None else self._pool.memory
 
     @property
     def worker_pids(self) -> list[int]:

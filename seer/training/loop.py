@@ -15,6 +15,7 @@ from seer import build, distributed
 from seer.checkpoint.store import CheckpointStore
 from seer.config import TrainConfig, freeze
 from seer.data.stream import DataStream
+from seer.data.transfer import on_device
 from seer.derived import Resolved, resolve, resolve_order
 from seer.errors import EXIT_STOPPED, UserError
 from seer.evaluation.online import OnlineEvaluation
@@ -116,7 +117,6 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         if newest is not None:
             load_state(state, newest)
         start_step = saved_step = None if newest is None else newest.step
-        settings = step_settings(config, device)
         with distributed.together():
             quarantine = Quarantine(run, state.step)
             watch = _watch(config, run, state, stream) if first else None
@@ -129,8 +129,9 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         )
         if first:
             _introduce(config, run, stream, state, device, resolved)
+        settings = step_settings(config, device)
         stop = _stop_request(config)
-        batches = stream.batches(state.batch_index)
+        batches = on_device(stream.batches(state.batch_index), stream.memory, device)
         try:
             while state.step < config.train.steps and not stop.agreed():
                 set_learning_rate(state.optimizer, learning_rate := schedule.at(state.step))
@@ -168,6 +169,7 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
             raise
         finally:
             stop.close()
+            batches.close()
             stream.close()
             if watch is not None:
                 watch.close()

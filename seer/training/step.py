@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,6 @@ from torch import Tensor
 from seer import build, distributed
 from seer.build import Learner, Optimizer
 from seer.config import TrainConfig
-from seer.data.photometric import photometric
-from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.stream import Batch
 from seer.objectives.outcome import Outcome
 from seer.parallel.strategies import average_replicated_gradients
@@ -24,30 +23,27 @@ class StepSettings:
 
     Attributes:
         device: where the network lives.
-        dtype: of the float crops: float32, or float64 under full double precision.
         autocast: the backbone's dtype under autocast, or None.
         channels_last: the memory format of crops and convolutions.
-        photometric: colour and blur.
+        photometric: colour and blur of uint8 crops on the device by parameters on the host (`build.photometric_of`).
         average_statistics: whether running statistics are averaged over ranks (BatchNorm sees its own rank only).
     """
 
     device: torch.device
-    dtype: torch.dtype
     autocast: torch.dtype | None
     channels_last: bool
-    photometric: PhotometricSpec
+    photometric: Callable[[Tensor, Tensor], Tensor]
     average_statistics: bool
 
 
 def step_settings(config: TrainConfig, device: torch.device) -> StepSettings:
-    """What a configuration says of a step on a device."""
-    dtype, autocast = build.precision_of(config)
+    """What a configuration says of a step on a device; on a GPU colour and blur are compiled here."""
+    _, autocast = build.precision_of(config)
     return StepSettings(
         device=device,
-        dtype=dtype,
         autocast=autocast,
         channels_last=build.channels_last(device),
-        photometric=build.photometric_spec(config.data),
+        photometric=build.photometric_of(config, device),
         average_statistics=not config.parallel.sync_batchnorm,
     )
 
@@ -56,12 +52,7 @@ def float_crops(batch: Batch, settings: StepSettings) -> list[Tensor]:
     """Crops on the device with their colours changed: a list of (crops x N, 3, H, W), one a resolution."""
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     return [
-        photometric(
-            crops.to(settings.device, non_blocking=True),
-            parameters,  # on the host, where rows are sorted by operation without waiting for the device
-            settings.photometric,
-            dtype=settings.dtype,
-        ).contiguous(memory_format=layout)
+        settings.photometric(crops.to(settings.device, non_blocking=True), parameters).contiguous(memory_format=layout)
         for crops, parameters in zip(batch.crops, batch.photometric, strict=True)
     ]
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import mmap
 import os
 import pickle
 import signal
@@ -122,6 +123,18 @@ def test_shapes_and_types(shards: ShardList) -> None:
     assert [tuple(rows.shape) for rows in batch.photometric] == [(12, COLUMNS), (18, COLUMNS)]
     assert {crops.dtype for crops in batch.crops} == {torch.uint8}
     assert {rows.dtype for rows in batch.photometric} == {torch.float32}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_batches_lie_in_whole_pages_of_one_memory(shards: ShardList, workers: int) -> None:
+    stream = open_stream(shards, workers=workers)
+    batches = stream.batches(0)
+    memory = stream.memory
+    assert memory.ctypes.data % mmap.PAGESIZE == memory.nbytes % mmap.PAGESIZE == 0
+    for batch in itertools.islice(batches, 5):
+        for tensor in (*batch.crops, *batch.photometric):
+            assert np.shares_memory(tensor.numpy(), memory)
+    stream.close()
 
 
 def test_workers_change_nothing_and_no_global_randomness_is_drawn(tmp_path: Path, no_global_randomness: None) -> None:

@@ -58,3 +58,15 @@ def test_all_gpus_of_this_machine_train_as_one(tmp_path: Path, shards: str, stra
             assert life.end() == 0, life.log.read_text()[-3000:]
         first.append(losses(run)[0][1])
     assert first[1] == pytest.approx(first[0], rel=1e-4 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_compiles_its_colours_and_pins_its_batches(
+    tmp_path: Path, shards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What falls back to something slower would say so."""
+    torch.compiler.reset()
+    outcome = loop.run(tiny_config(tmp_path / "run", shards, "train.device=cuda", "data.workers=2"))
+    assert outcome.exit_code == 0
+    told = capsys.readouterr().err
+    assert "not compiled" not in told and "does not pin" not in told
