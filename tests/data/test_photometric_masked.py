@@ -138,7 +138,6 @@ def test_one_graph_a_resolution_whatever_surrounds_it(monkeypatch: pytest.Monkey
     assert len(graphs) == 2
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler, when it is imported
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_compiled_it_is_equal(device: str, dtype: torch.dtype) -> None:
@@ -189,7 +188,6 @@ def test_without_a_compiler_operations_run_one_by_one(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_compiler_that_is_really_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
