@@ -162,7 +162,7 @@ def our_observed_step(
         set_learning_rate(state.optimizer, rate)
         outcome = train_step(state, crops, settings)
         counts = {"bad_samples": state.bad_samples, "skipped_steps": state.skipped_steps}
-        watch.record(state.step, outcome.figures, rate, 0.0, **counts)
+        watch.record(state.step, outcome.figures, rate, 0.0, worker_deaths=outcome.worker_deaths, **counts)
         return outcome.figures["loss"].item()
 
     return step

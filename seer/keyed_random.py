@@ -13,13 +13,19 @@ from numpy.typing import NDArray
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of splitmix64: a bijection of uint64 that scatters neighbouring inputs."""
-    values = (values ^ (values >> np.uint64(30))) * _MIX_1
-    values = (values ^ (values >> np.uint64(27))) * _MIX_2
-    return values ^ (values >> np.uint64(31))
+    # In place: for the few numbers of a rank's part of a batch, making arrays takes as long as the arithmetic.
+    mixed = values >> _SHIFTS[0]
+    mixed ^= values
+    mixed *= _MIX_1
+    mixed ^= mixed >> _SHIFTS[1]
+    mixed *= _MIX_2
+    mixed ^= mixed >> _SHIFTS[2]
+    return mixed
 
 
 def key(*parts: int | str) -> np.uint64:

@@ -76,6 +76,28 @@ def test_pack_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["pack.json"]
 
 
+@pytest.mark.slow
+def test_start_benchmark_ends_with_its_seconds(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "bench_start.py"
+    ran = subprocess.run(
+        [
+            *(sys.executable, script, "--images", "2000", "--rounds", "1", "--files"),
+            *("--folder", tmp_path, "--out", tmp_path / "start.json"),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout.splitlines()[-1])
+    assert told["images"] == 2000
+    assert told["first_step_seconds"] > 0 and told["small_seconds"] > 0
+    assert told["pack_seconds"] >= told["listed_seconds"] > 0
+    assert json.loads((tmp_path / "start.json").read_text())["summary"] == told
+    assert os.listdir(tmp_path) == ["start.json"]
+
+
 def test_pool_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
     out = tmp_path / "pool.json"
     script = ROOT / "benchmarks" / "bench_pool.py"

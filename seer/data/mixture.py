@@ -104,12 +104,18 @@ class MixedOrder:
         place = permuted(slot.astype(np.uint64), self._lane_slots, keys).astype(np.int64)
         source = np.searchsorted(self._ends, place, side="right")
         shard, sample = np.empty_like(place), np.empty_like(place)
+        at = [np.flatnonzero(source == number) for number in range(len(self._orders))]
+        unmixed = []
         for number, order in enumerate(self._orders):
-            at = np.flatnonzero(source == number)
             share = order.global_batch_size // self.lanes
-            of_source = lane[at] * share + place[at] - (self._ends[number] - share)
-            found, sample[at] = order.positions(batch_index, of_source)
-            shard[at] = found + self._first_shard[number]
+            of_source = lane[at[number]] * share + place[at[number]] - (self._ends[number] - share)
+            unmixed.append(order.unmixed(batch_index, of_source))
+        # One call for all sources: what it costs grows with calls more than with places.
+        mixed = permuted(*(np.concatenate(parts) for parts in zip(*(one[2:] for one in unmixed), strict=True)))
+        ends = np.cumsum([len(places) for places in at])[:-1]
+        for number, part in enumerate(np.split(mixed, ends)):
+            found, sample[at[number]] = self._orders[number].located(unmixed[number], part)
+            shard[at[number]] = found + self._first_shard[number]
         return shard, sample
 
 

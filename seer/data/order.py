@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,22 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's own step between keys tha
 
 Int64s = NDArray[np.int64]
 UInt64s = NDArray[np.uint64]
+
+
+class Unmixed(NamedTuple):
+    """Slots of a batch before their windows are permuted.
+
+    Attributes:
+        epoch: of the batch.
+        firsts: (n,) int64, where each slot's window begins among the samples of the epoch.
+        places, sizes, keys: (n,), of the slot in its window, of the window, and of its permutation.
+    """
+
+    epoch: int
+    firsts: Int64s
+    places: UInt64s
+    sizes: Int64s
+    keys: UInt64s
 
 
 class ShardOrder:
@@ -100,24 +117,29 @@ class ShardOrder:
         Returns:
             shard (n,) int64, and sample in that shard (n,) int64.
         """
+        unmixed = self.unmixed(batch_index, slots)
+        return self.located(unmixed, permuted(unmixed.places, unmixed.sizes, unmixed.keys))
+
+    def unmixed(self, batch_index: int, slots: Int64s) -> Unmixed:
+        """The first part of `positions`: which places of which windows some slots have, before these are permuted."""
         epoch, batch = divmod(batch_index, self.batches_per_epoch)
-        self._enter(epoch)
         lane, slot = np.divmod(np.asarray(slots, np.int64), self._lane_slots)
         window, place = np.divmod(batch * self._lane_slots + slot, self._window)
         first = window * self._window
         sizes = np.minimum(self._lane_samples - first, self._window)
         numbers = (lane.astype(np.uint64) << np.uint64(32)) | window.astype(np.uint64)
         keys = key(self.seed, "order", epoch) + numbers * GOLDEN
-        mixed = np.empty_like(place)
-        for size in np.unique(sizes).tolist():  # one, or two where the last window begins in this batch
-            at = sizes == size
-            mixed[at] = permuted(place[at].astype(np.uint64), size, keys[at])
+        return Unmixed(epoch, lane * self._lane_samples + first, place.astype(np.uint64), sizes, keys)
+
+    def located(self, unmixed: Unmixed, mixed: UInt64s) -> tuple[Int64s, Int64s]:
+        """The last part of `positions`: shard and sample, once the places (n,) within their windows are permuted."""
+        self._enter(unmixed.epoch)
         # The batches cover the first places only: turned by another offset each epoch, the remainder changes.
-        offset = int(key(self.seed, "offset", epoch)) % self.samples
-        mixed = (lane * self._lane_samples + first + mixed + offset) % self.samples
-        at = np.searchsorted(self._ends, mixed, side="right")
+        offset = int(key(self.seed, "offset", unmixed.epoch)) % self.samples
+        place = (unmixed.firsts + mixed.astype(np.int64) + offset) % self.samples
+        at = np.searchsorted(self._ends, place, side="right")
         shard = self._shard_at[at]
-        return shard, mixed - (self._ends[at] - self.counts[shard])
+        return shard, place - (self._ends[at] - self.counts[shard])
 
     def _enter(self, epoch: int) -> None:
         """The shards in the order of the epoch, and where each ends in their concatenation."""
@@ -132,42 +154,51 @@ def sorted_permutation(size: int, permutation_key: np.uint64) -> Int64s:
     return np.argsort(_hash(np.arange(size, dtype=np.uint64), permutation_key), kind="stable")
 
 
-def permuted(places: UInt64s, size: int, keys: np.uint64 | UInt64s) -> UInt64s:
+def permuted(places: UInt64s, sizes: int | Int64s, keys: np.uint64 | UInt64s) -> UInt64s:
     """The images of some places under keyed permutations of range(size), without holding the permutations.
 
     A Feistel network permutes the next even power of two; what falls outside is sent through again until it falls
     inside (cycle walking: fewer than four times on average). Below 1,024 elements the permutation is sorted instead.
 
     Args:
-        places: (n,) uint64, each below size.
+        places: (n,) uint64, each below its size.
+        sizes: of the permutation; or (n,), of each place's own.
         keys: of the permutation; or (n,), of each place's own.
     """
-    keys = np.broadcast_to(keys, places.shape)
-    if size < _SORT_BELOW:
-        places = places.copy()
-        for permutation_key in np.unique(keys):
-            at = keys == permutation_key
-            places[at] = sorted_permutation(size, permutation_key)[places[at].astype(np.int64)]
-        return places
-    half_bits = ((size - 1).bit_length() + 1) // 2
+    sizes, keys = np.broadcast_to(sizes, places.shape), np.broadcast_to(keys, places.shape)
+    images = places.copy()
+    small = sizes < _SORT_BELOW
+    if small.any():
+        for size in np.unique(sizes[small]).tolist():
+            for permutation_key in np.unique(keys[sizes == size]):
+                at = (sizes == size) & (keys == permutation_key)
+                images[at] = sorted_permutation(size, permutation_key)[places[at].astype(np.int64)]
+    outside = np.flatnonzero(~small)
+    # All windows of all sources walk together: a step costs the same for few numbers as for many.
+    half_bits = ((np.frexp(sizes - 1)[1] + 1) // 2).astype(np.uint64)  # frexp tells the bits of what is below 2^53
+    ends = sizes.astype(np.uint64)
     round_keys = _hash(np.arange(_ROUNDS, dtype=np.uint64)[:, None], keys)
-    places = _feistel(places, round_keys, half_bits)
-    outside = np.flatnonzero(places >= size)
     while outside.size:
-        places[outside] = _feistel(places[outside], round_keys[:, outside], half_bits)
-        outside = outside[places[outside] >= size]
-    return places
+        walked = _feistel(images[outside], round_keys[:, outside], half_bits[outside])
+        images[outside] = walked
+        outside = outside[walked >= ends[outside]]
+    return images
 
 
-def _feistel(values: UInt64s, round_keys: UInt64s, half_bits: int) -> UInt64s:
-    """The network over 2 x half_bits bits; round_keys are (rounds, n), one column a value."""
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    left, right = values >> shift, values & mask
+def _feistel(values: UInt64s, round_keys: UInt64s, half_bits: UInt64s) -> UInt64s:
+    """Networks over 2 x half_bits bits, one a value; round_keys are (rounds, n), one column a value."""
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & mask
     for keys in round_keys:
-        left, right = right, left ^ (_hash(right, keys) & mask)
-    return (left << shift) | right
+        mixed = _hash(right, keys)
+        mixed &= mask
+        mixed ^= left
+        left, right = right, mixed
+    return (left << half_bits) | right
 
 
 def _hash(values: UInt64s, hash_key: np.uint64 | UInt64s) -> UInt64s:
     # Twice: neighbouring values under related keys leave traces in the low bits after one pass.
-    return splitmix64(splitmix64(values + hash_key) ^ hash_key)
+    once = splitmix64(values + hash_key)
+    once ^= hash_key
+    return splitmix64(once)

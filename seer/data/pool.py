@@ -29,7 +29,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -147,6 +147,11 @@ class BatchPool:
         self._asked += 1
         return Made(slot.crops, slot.photometric, bad, index)
 
+    def quarantine(self, samples: Iterable[tuple[int, int]]) -> None:
+        """Replaces more samples, (shard, place), from the batches on that are not begun."""
+        self._assembler.quarantine.update(samples)
+        self._share_quarantine()
+
     def close(self) -> None:
         """Ends the workers. Batches that were handed out keep their memory."""
         if os.getpid() != self._owner:
@@ -204,6 +209,8 @@ class BatchPool:
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row >= _HOPELESS + 4 * self._ring.workers:
             self._give_up(f"hung for {self._deadline:g} s" if hung else _cause(code), at)
+        if self.deaths == 1:
+            self._tell(None if hung else _cause(code), at)
         tasks, convicted = [*worker.tasks], False
         if tasks and at.sample >= 0 and at.row in tasks[0].rows:
             enough = _DEATHS_BY_SIGKILL if code == -signal.SIGKILL and not hung else _DEATHS
@@ -213,23 +220,43 @@ class BatchPool:
             # The suspected row first, in the fresh process: what it survives there, something before it had done.
             tasks[:1] = [alone, *tasks[0].without(at.row)]
         if convicted:
-            for other in self._workers:
-                other.send([self._quarantine_message()])
+            self._share_quarantine()
         fresh = self._start(worker.number, fork=False)
         self._workers.insert(worker.number, fresh)
         for task in tasks:
             fresh.take(task)
         fresh.send([task.message for task in tasks])
 
+    def _share_quarantine(self) -> None:
+        for worker in self._workers:
+            worker.send([self._quarantine_message()])
+
     def _quarantine_message(self) -> list[Any]:
         return ["quarantine", sorted(self._assembler.quarantine)]
 
-    def _give_up(self, how: str, at: _At) -> NoReturn:
-        place = "" if at.shard < 0 else f", reading shard {self._assembler.shard_path(at.shard)}"
+    def _tell(self, cause: str | None, at: _At) -> None:
+        """One line of the first death; how many follow is for who reads `deaths`."""
+        what = f"hung for {self._deadline:g} s" if cause is None else f"died ({cause})"
+        remedy = (
+            "see whether the disk answers"
+            if cause is None
+            else "see `seer doctor`; fewer data.workers need less memory"
+        )
+        print(
+            f"seer: a data worker {what}{self._place(at)}: another one does its work, and no batch changes. "
+            f"If it happens often: {remedy}. Further ones are counted as worker_deaths",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _place(self, at: _At) -> str:
         if at.sample >= 0:
-            place = f", at sample {at.sample} of shard {self._assembler.shard_path(at.shard)}"
+            return f", at sample {at.sample} of shard {self._assembler.shard_path(at.shard)}"
+        return "" if at.shard < 0 else f", reading shard {self._assembler.shard_path(at.shard)}"
+
+    def _give_up(self, how: str, at: _At) -> NoReturn:
         raise UserError(
-            f"{self._deaths_in_a_row} data workers died one after another (the last one {how}{place})",
+            f"{self._deaths_in_a_row} data workers died one after another (the last one {how}{self._place(at)})",
             "memory ran out, the disk does not answer, or the decoder does not fit this CPU or these images",
             "see `seer doctor`; with fewer data.workers less memory is needed",
         )
@@ -495,7 +522,7 @@ def _cause(code: int | None) -> str:
     if code >= 0:
         return f"left with exit code {code}"
     try:
-        return f"by {signal.Signals(-code).name}"
+        return f"by {signal.Signals(-code).name}" + ": out of memory?" * (code == -signal.SIGKILL)
     except ValueError:
         return f"by signal {-code}"
 

@@ -6,10 +6,10 @@ Every batch is a pure function of its number: nothing is saved and nothing depen
 from __future__ import annotations
 
 import atexit
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -26,7 +26,7 @@ from seer.data.pool import DEADLINE_SECONDS, BatchPool
 from seer.errors import UserError
 from seer.shard_list import ShardList
 
-__all__ = ["BadSample", "Batch", "DataStream"]
+__all__ = ["BadSample", "Batch", "DataStream", "QuarantinedSample"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,20 @@ class Batch:
     photometric: list[Tensor]
     bad: list[BadSample]
     batch_index: int
+
+
+class QuarantinedSample(NamedTuple):
+    """A sample that killed its worker, as it is known to every rank and to later lives of a run.
+
+    Attributes:
+        shard: file name of the tar.
+        digest: of the tar (`seer.shard_list.ListedShard`): tars in different folders may share a name.
+        sample: its place in the tar.
+    """
+
+    shard: str
+    digest: str
+    sample: int
 
 
 class DataStream:
@@ -107,7 +121,8 @@ class DataStream:
             limits=limits,
         )
         self.batches_per_epoch, self.samples = order.batches_per_epoch, order.samples
-        self._assembler, self._workers, self._deadline_seconds = assembler, workers, deadline_seconds
+        self._shards, self._assembler = shards, assembler
+        self._workers, self._deadline_seconds = workers, deadline_seconds
         self._pool: BatchPool | None = None
         self._running: Generator[Batch, None, None] | None = None
         self.shards = int((order.counts > 0).sum())
@@ -128,13 +143,45 @@ class DataStream:
             self._identity["mixture"] = [list(source) for source in sources]
 
     def identity(self) -> dict[str, int | str | float | list[object]]:
-        """What the batches are a function of, as JSON: two streams of equal identity are equal."""
+        """What the batches are a function of, as JSON: two streams of equal identity are equal.
+
+        `quarantine` is what is known when this is asked: nothing before a run, whose checkpoints name what was found.
+        """
         return {**self._identity, "quarantine": [list(sample) for sample in sorted(self.quarantine)]}
 
     @property
-    def quarantine(self) -> set[tuple[str, int]]:
-        """Samples that killed their worker, found so far: name of the tar, place in it. They are replaced."""
-        return {(Path(self._assembler.shard_path(shard)).name, sample) for shard, sample in self._assembler.quarantine}
+    def quarantine(self) -> set[QuarantinedSample]:
+        """Samples that killed their worker, found by this stream or added to it. They are replaced.
+
+        One that kills always is replaced by the same neighbour from its first occurrence on, whoever finds it: this set
+        grows while batches are made and they stay a pure function of the identity and of which samples kill. One that
+        kills only at times is used until it is found. Ranks do not tell each other by themselves
+        (`add_to_quarantine`).
+        """
+        listed = self._shards.listed
+        return {
+            QuarantinedSample(listed[shard].name, listed[shard].digest, sample)
+            for shard, sample in self._assembler.quarantine
+        }
+
+    def add_to_quarantine(self, samples: Iterable[QuarantinedSample]) -> None:
+        """Replaces samples that killed a worker elsewhere: on another rank, or before the run was resumed.
+
+        They are replaced by what takes their place where a worker dies of them, so batches change only where a sample
+        is no longer deadly. Tars that are not among the shards are passed over.
+        """
+        places: dict[tuple[str, str], set[int]] = {}
+        for name, digest, sample in samples:
+            places.setdefault((name, digest), set()).add(sample)
+        found = {
+            (number, sample)
+            for number, shard in enumerate(self._shards.listed if places else ())
+            for sample in places.get((shard.name, shard.digest), ())
+        }
+        if self._pool is not None:
+            self._pool.quarantine(found)
+        else:
+            self._assembler.quarantine |= found
 
     @property
     def memory(self) -> NDArray[np.uint8]:

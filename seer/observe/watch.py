@@ -59,9 +59,9 @@ class Watch:
     interrupted); ``images_per_s`` and ``data_wait_share`` are of all steps since the line before.
 
     Each line of metrics.jsonl: ``step``, ``images_seen``, ``epoch`` (passes over the data), ``loss``, ``chance``,
-    ``lr``, ``images_per_s``, ``data_wait_share``, ``bad_samples``, ``skipped_steps`` (both since the run began), the
-    objective's other figures, ``seconds`` (of training, evaluation and saving, since the run began), and ``knn_top1``
-    where the step was evaluated. What is not finite is null.
+    ``lr``, ``images_per_s``, ``data_wait_share``, ``bad_samples``, ``skipped_steps``, ``worker_deaths`` (all since the
+    run began), the objective's other figures, ``seconds`` (of training, evaluation and saving, since the run began),
+    and ``knn_top1`` where the step was evaluated. What is not finite is null.
 
     Lines of steps after ``start_step`` are removed at the start: the run takes those steps again.
 
@@ -109,6 +109,8 @@ class Watch:
         if evaluated:
             self.last_evaluation = {key: value for key, value in evaluated[-1].items() if key not in _PLACE}
         self._seconds_before = float(before[-1].get("seconds", 0.0)) if before else 0.0
+        self._deaths_before = int(before[-1].get("worker_deaths", 0)) if before else 0
+        self._deaths: Tensor | None = None  # since start_step
         self._began = time.perf_counter()
         self._interval_began, self._interval_step, self._waited = self._began, start_step, 0.0
 
@@ -116,6 +118,11 @@ class Watch:
     def seconds(self) -> float:
         """Seconds of the run so far, those before an interruption included (up to its last line)."""
         return self._seconds_before + time.perf_counter() - self._began
+
+    @property
+    def worker_deaths(self) -> int:
+        """Data workers that were replaced since the run began. Waits for the device."""
+        return self._deaths_before + (0 if self._deaths is None else int(self._deaths))
 
     @property
     def last_loss(self) -> float | None:
@@ -133,6 +140,7 @@ class Watch:
         *,
         bad_samples: Tensor,
         skipped_steps: Tensor,
+        worker_deaths: Tensor,
         evaluation_follows: bool = False,
     ) -> None:
         """Take note of a step.
@@ -144,17 +152,18 @@ class Watch:
             data_wait_seconds: how long the step waited for its batch.
             bad_samples: integer scalar, all images so far, of all ranks, that were replaced.
             skipped_steps: integer scalar, all steps so far that changed nothing because they were not finite.
+            worker_deaths: integer scalar, data workers of all ranks that were replaced since ``start_step``.
             evaluation_follows: ``record_evaluation`` will be called for this step; its scores join the step's line.
 
         Raises:
             UserError: the run's files cannot be written.
         """
         self._write_pending()
-        self._figures = figures
+        self._figures, self._deaths = figures, worker_deaths
         self._waited += data_wait_seconds
         if step % self._log_every_steps and step != self.total_steps and not evaluation_follows:
             return
-        self._pending = self._line(step, figures, learning_rate, bad_samples, skipped_steps)
+        self._pending = self._line(step, figures, learning_rate, bad_samples, skipped_steps, worker_deaths)
         if not evaluation_follows:
             self._write_pending()
 
@@ -188,10 +197,11 @@ class Watch:
         learning_rate: float,
         bad_samples: Tensor,
         skipped_steps: Tensor,
+        worker_deaths: Tensor,
     ) -> dict[str, Any]:
         # One copy from the device, which waits once for all figures.
-        scalars = (bad_samples, skipped_steps, *figures.values())
-        bad, skipped, *numbers = torch.stack([value.detach().double() for value in scalars]).tolist()
+        scalars = (bad_samples, skipped_steps, worker_deaths, *figures.values())
+        bad, skipped, deaths, *numbers = torch.stack([value.detach().double() for value in scalars]).tolist()
         values = dict(zip(figures, map(_finite, numbers), strict=True))
         now = time.perf_counter()
         elapsed = max(now - self._interval_began, 1e-9)
@@ -207,6 +217,7 @@ class Watch:
             "data_wait_share": round(min(1.0, self._waited / elapsed), 4),
             "bad_samples": int(bad),
             "skipped_steps": int(skipped),
+            "worker_deaths": self._deaths_before + int(deaths),
             **values,
             "seconds": round(self.seconds, 3),
         }

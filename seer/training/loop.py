@@ -14,7 +14,7 @@ from torch import Tensor
 from seer import build, distributed
 from seer.checkpoint.store import CheckpointStore
 from seer.config import TrainConfig, freeze
-from seer.data.stream import DataStream
+from seer.data.stream import DataStream, QuarantinedSample
 from seer.data.transfer import on_device
 from seer.derived import Resolved, resolve, resolve_order
 from seer.errors import EXIT_STOPPED, UserError
@@ -116,6 +116,7 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         newest = checkpoints.newest()
         if newest is not None:
             load_state(state, newest)
+            stream.add_to_quarantine(QuarantinedSample(*sample) for sample in newest.state.get("quarantine", []))
         start_step = saved_step = None if newest is None else newest.step
         with distributed.together():
             quarantine = Quarantine(run, state.step)
@@ -139,7 +140,14 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
                 batch = next(batches)
                 waited = time.perf_counter() - asked
                 crops = float_crops(batch, settings)
-                outcome = train_step(state, crops, settings, bad_samples=len(batch.bad), requests=stop.of_this_rank())
+                outcome = train_step(
+                    state,
+                    crops,
+                    settings,
+                    bad_samples=len(batch.bad),
+                    worker_deaths=stream.worker_deaths,
+                    requests=stop.of_this_rank(),
+                )
                 stop.observe(outcome.requests)
                 quarantine.record(state.step, batch.bad)
                 evaluating = evaluation is not None and evaluation.due(state.step, config.train.steps)
@@ -151,6 +159,7 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
                         waited,
                         bad_samples=state.bad_samples,
                         skipped_steps=state.skipped_steps,
+                        worker_deaths=outcome.worker_deaths,
                         evaluation_follows=evaluating,
                     )
                 bad_share.observe(state.step, state.bad_samples, batch.bad)
@@ -159,9 +168,9 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
                     if watch is not None and scores is not None:
                         watch.record_evaluation(state.step, scores)
                 if state.step % config.checkpoint.every_steps == 0:
-                    saved_step = _save(checkpoints, state, stop)
+                    saved_step = _save(checkpoints, state, stream, stop)
             if saved_step != state.step:
-                _save(checkpoints, state, stop)
+                _save(checkpoints, state, stream, stop)
         except RuntimeError as error:
             if distributed.lost_rank(error):
                 what = f"another process of the run is gone ({_first_words(error)})"
@@ -243,9 +252,13 @@ def _stop_request(config: TrainConfig) -> StopRequest:
     return StopRequest(deadline=deadline, patient=slurm.job_id() is not None)
 
 
-def _save(checkpoints: CheckpointStore, state: TrainState, stop: StopRequest) -> int:
+def _save(checkpoints: CheckpointStore, state: TrainState, stream: DataStream, stop: StopRequest) -> int:
     began = time.perf_counter()
-    checkpoints.save(state.step, state_tensors(state), {"step": state.step, "batch_index": state.batch_index})
+    # What one rank has found is replaced by all of them from here on, and by whoever goes on from here.
+    for found in distributed.gather_objects(sorted(stream.quarantine)):
+        stream.add_to_quarantine(found)
+    position = {"step": state.step, "batch_index": state.batch_index, "quarantine": sorted(stream.quarantine)}
+    checkpoints.save(state.step, state_tensors(state), position)
     stop.save_seconds = time.perf_counter() - began
     return state.step
 
@@ -300,6 +313,7 @@ def _result(state: TrainState, watch: Watch) -> dict[str, Any]:
         "chance": state.learner.objective.chance,
         "skipped_steps": int(state.skipped_steps),
         "bad_samples": int(state.bad_samples),
+        "worker_deaths": watch.worker_deaths,
         "exports": [],
     }
     return result | (watch.last_evaluation or {})

@@ -69,10 +69,12 @@ class StepOutcome:
 
     Attributes:
         figures: the objective's, over all ranks.
+        worker_deaths: data workers of all ranks that were replaced since the run was started or resumed.
         requests: (2,) how many ranks asked to stop, and how many of them to be queued again.
     """
 
     figures: dict[str, Tensor]
+    worker_deaths: Tensor
     requests: Tensor
 
 
@@ -82,6 +84,7 @@ def train_step(
     settings: StepSettings,
     *,
     bad_samples: int = 0,
+    worker_deaths: int = 0,
     requests: tuple[bool, bool] = (False, False),
 ) -> StepOutcome:
     """Forward, backward and the update of everything, or of nothing where any value of any rank is not finite.
@@ -90,6 +93,7 @@ def train_step(
         state: moved in place.
         crops: float crops of this rank, a list of (crops x N, 3, H, W), one a resolution, the large ones first.
         bad_samples: images of this rank's part that were replaced.
+        worker_deaths: data workers of this rank that were replaced so far.
         requests: whether this rank asks to stop, and to be queued again.
     """
     learner, optimizer = state.learner, state.optimizer
@@ -101,7 +105,7 @@ def train_step(
     outcome.loss.backward()  # type: ignore[no-untyped-call]
     average_replicated_gradients(state.replicated)
     learner.objective.after_backward(state.step)
-    finite, bad, agreed, shares, square_norms = _agree(outcome, state, bad_samples, requests)
+    finite, bad, deaths, agreed, shares, square_norms = _agree(outcome, state, (bad_samples, worker_deaths), requests)
     optimizer.step(finite=finite, square_norms=square_norms)
     state.statistics.settle(finite, average=settings.average_statistics)
     learner.objective.after_step(finite, state.step)
@@ -109,25 +113,25 @@ def train_step(
     state.bad_samples += bad
     state.step += 1
     state.batch_index += 1
-    return StepOutcome(outcome.figures(shares), agreed)
+    return StepOutcome(outcome.figures(shares), deaths, agreed)
 
 
 @torch.no_grad()
 def _agree(
-    outcome: Outcome, state: TrainState, bad_samples: int, requests: tuple[bool, bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outcome: Outcome, state: TrainState, counts: tuple[int, int], requests: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All that ranks tell each other about a step, in one all-reduce.
 
     Returns:
-        Whether loss and all gradients of all ranks are finite, a boolean scalar; replaced images, int64 scalar;
-        requests (2,); the sums of the outcome's shares; those of the optimizer's square norms.
+        Whether loss and all gradients of all ranks are finite, a boolean scalar; replaced images and replaced workers,
+        int64 scalars; requests (2,); the sums of the outcome's shares; those of the optimizer's square norms.
     """
     shares, norms = outcome.shares, state.optimizer.partial_square_norms()
-    told = distributed.from_host([bad_samples, *map(float, requests)], shares.device, shares.dtype)
+    told = distributed.from_host([*map(float, (*counts, *requests))], shares.device, shares.dtype)
     not_finite = _not_finite(outcome.loss, state.learner).to(shares.dtype)
     sums = distributed.sum_over_ranks(torch.cat([not_finite, told, shares, norms.to(shares.dtype)]))
-    not_finite, bad, agreed, shares, norms = torch.split(sums, [1, 1, 2, len(shares), len(norms)])
-    return not_finite[0] == 0, bad[0].to(torch.int64), agreed, shares, norms
+    not_finite, bad, deaths, agreed, shares, norms = torch.split(sums, [1, 1, 1, 2, len(shares), len(norms)])
+    return not_finite[0] == 0, bad[0].to(torch.int64), deaths[0].to(torch.int64), agreed, shares, norms
 
 
 def _not_finite(loss: Tensor, learner: Learner) -> Tensor:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,14 @@ from seer.data.crops import CropSpec
 from seer.data.decode import BadImage, ImageLimits, open_image
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.pool import BatchPool
-from seer.data.stream import Batch, DataStream
+from seer.data.stream import Batch, DataStream, QuarantinedSample
 from seer.errors import UserError
 from seer.shard_index import index_path, save_index
 from seer.shard_list import ShardList
 
 SPECS = [CropSpec(2, 16, 0.3, 1.0), CropSpec(2, 8, 0.1, 0.4)]
 COUNTS = (19, 23)
+DIGEST = "0" * 32
 
 
 def image(number: int) -> bytes:
@@ -205,8 +207,8 @@ def test_a_sample_that_kills_its_worker_is_replaced(
     stream, deaths = open_stream(shards, 2, deadline=0.2), []
     found = digests(stream, 6, between=lambda: deaths.append(stream.worker_deaths))
     assert found == expected
-    assert stream.quarantine == {("train-1.tar", 4)}
-    assert stream.identity()["quarantine"] == [["train-1.tar", 4]]
+    assert stream.quarantine == {("train-1.tar", DIGEST, 4)}
+    assert stream.identity()["quarantine"] == [["train-1.tar", DIGEST, 4]]
     # Two workers may have met it in different batches before it was known.
     assert count <= deaths[-1] <= 2 * count
     # It is remembered by the stream, for workers and for none.
@@ -222,7 +224,60 @@ def test_a_substitute_that_kills_is_replaced_too(
     inject(monkeypatch, dict.fromkeys(victims, killed(signal.SIGABRT)))
     stream = open_stream(shards, 2)
     assert digests(stream, 5) == expected
-    assert stream.quarantine == {("train-0.tar", 3), ("train-0.tar", 4)}
+    assert stream.quarantine == {("train-0.tar", DIGEST, 3), ("train-0.tar", DIGEST, 4)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_others_found_is_replaced_and_nobody_dies_of_it(
+    shards: ShardList, forks_only: None, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    inject(monkeypatch, {image(104): raised(BadImage("killed_worker"))})
+    expected = digests(open_stream(shards, 0), 6)
+    inject(monkeypatch, {image(104): killed(signal.SIGABRT)})
+    stream, deaths = open_stream(shards, workers), []
+    stream.add_to_quarantine(QuarantinedSample("train-1.tar", digest, 4) for digest in (DIGEST, "another"))
+    stream.add_to_quarantine([QuarantinedSample("gone.tar", DIGEST, 4)])
+    assert stream.quarantine == {("train-1.tar", DIGEST, 4)}
+    assert digests(stream, 6, between=lambda: deaths.append(stream.worker_deaths)) == expected
+    assert deaths[-1] == 0
+
+
+def test_workers_that_run_learn_what_others_found(shards: ShardList, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = open_stream(shards, 2)
+    batches = stream.batches(0)
+    next(batches)
+    stream.add_to_quarantine(QuarantinedSample(f"train-{tar}.tar", DIGEST, 7) for tar in (0, 1))
+    later = list(itertools.islice(batches, 12))[6:]  # those before were begun
+    stream.close()
+    again = open_stream(shards, 0)
+    again.add_to_quarantine(stream.quarantine)
+    assert [batch.bad for batch in later] == [batch.bad for batch in itertools.islice(again.batches(7), 6)]
+    assert {(Path(bad.shard).name, bad.sample) for batch in later for bad in batch.bad if bad.reason == "killed_worker"}
+
+
+def test_tars_that_share_a_name_are_told_apart_by_their_digest(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one = shard(tmp_path / "a" / "0.tar", [(image(number), -1) for number in range(20)])
+    other = shard(tmp_path / "b" / "0.tar", [(image(number), -1) for number in range(20, 40)])
+    stream = open_stream(ShardList([replace(one, digest="1" * 32), replace(other, digest="2" * 32)]), 0)
+    stream.add_to_quarantine([QuarantinedSample("0.tar", "2" * 32, 3)])
+    assert stream._assembler.quarantine == {(1, 3)}
+
+
+def test_the_first_death_is_told_in_one_line(
+    shards: ShardList, forks_only: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stream, told = open_stream(shards, 2), []
+
+    def kill() -> None:
+        told.append(capfd.readouterr().err)
+        if stream.worker_deaths < 4:
+            os.kill(stream.worker_pids[0], signal.SIGKILL)
+
+    digests(stream, 20, between=kill)
+    (line,) = "".join(told).splitlines()
+    assert line.startswith("seer: a data worker died (by SIGKILL: out of memory?)") and "data.workers" in line
 
 
 def test_what_dies_of_its_predecessor_is_not_blamed(

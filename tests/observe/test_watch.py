@@ -30,12 +30,16 @@ KEYS = {
     "data_wait_share",
     "bad_samples",
     "skipped_steps",
+    "worker_deaths",
     "assignment_entropy",
     "mean_assignment_entropy",
     "prototypes_in_use",
     "feature_std",
     "seconds",
 }
+
+
+COUNTS = ("bad_samples", "skipped_steps", "worker_deaths")
 
 
 @pytest.fixture
@@ -62,8 +66,10 @@ def figures(loss: float = 3.0) -> dict[str, torch.Tensor]:
     return {"loss": torch.tensor(loss, dtype=torch.float64)} | {name: torch.tensor(0.5) for name in names}
 
 
-def record(watch: Watch, step: int, *, loss: float = 3.0, bad: int = 0, skipped: int = 0, **options) -> None:
-    counts = {"bad_samples": torch.tensor(bad), "skipped_steps": torch.tensor(skipped)}
+def record(
+    watch: Watch, step: int, *, loss: float = 3.0, bad: int = 0, skipped: int = 0, deaths: int = 0, **options
+) -> None:
+    counts = dict(zip(COUNTS, map(torch.tensor, (bad, skipped, deaths)), strict=True))
     watch.record(step, figures(loss), 0.1, 0.001, **counts, **options)
 
 
@@ -88,11 +94,25 @@ def test_lines_and_their_keys(run):
     assert list(run.tensorboard.iterdir())
 
 
+def test_worker_deaths_are_counted_over_the_lives_of_a_run(run):
+    watch = watching(run, every=1)
+    for step in (1, 2, 3):
+        record(watch, step, deaths=step)
+    watch.close()
+    again = watching(run, start_step=2, every=1)
+    assert again.worker_deaths == 2, "those of steps that are taken again are counted again"
+    record(again, 3, deaths=0)
+    record(again, 4, deaths=4)
+    assert again.worker_deaths == 6
+    again.close()
+    assert [line["worker_deaths"] for line in MetricsFile(run.metrics).read()] == [1, 2, 2, 6]
+
+
 def test_figures_are_looked_at_on_log_steps_only(run):
     """A tensor on the meta device has no value: reading one raises, as waiting for a GPU would cost time."""
     watch = watching(run, every=2)
     nothing = {name: torch.empty((), device="meta") for name in figures()}
-    counts = {name: torch.empty((), dtype=torch.int64, device="meta") for name in ("bad_samples", "skipped_steps")}
+    counts = {name: torch.empty((), dtype=torch.int64, device="meta") for name in COUNTS}
     watch.record(1, nothing, 0.1, 0.0, **counts)
     with pytest.raises(NotImplementedError):
         watch.record(2, nothing, 0.1, 0.0, **counts)

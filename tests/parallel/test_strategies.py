@@ -9,11 +9,9 @@ import pytest
 import torch
 from ranks import ranks
 from strategy_run import EVERYTHING, losses_and_weights
-from tiny_run import make_shards
+from tiny_run import NARROW, make_shards
 
 STEPS = 20
-# Narrow, so that some ranks of four hold no row of some tensors.
-NARROW = tuple(f"backbone.{key}" for key in ("name=custom", "depth=5", "w0=8", "wa=11.25", "wm=2", "group_width=8"))
 FP64 = (*EVERYTHING, *NARROW, "train.precision=fp64", f"train.steps={STEPS}")
 COUNTS = ("skipped_steps", "bad_samples")
 MATRIX = [
