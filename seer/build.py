@@ -24,7 +24,7 @@ from seer.data.photometric import photometric
 from seer.data.photometric_masked import compiled_photometric
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.stream import DataStream
-from seer.derived import Resolved, resolve_order
+from seer.derived import Resolved, reading, resolve_order
 from seer.errors import UserError
 from seer.objectives.outcome import Outcome
 from seer.objectives.swav import SwAV
@@ -326,7 +326,9 @@ def image_limits(data: DataConfig) -> ImageLimits:
 def stream(config: TrainConfig, *, workers: int) -> DataStream:
     """The stream of batches over the configured shards."""
     index_dir = config.data.index_dir
-    shards, sources = open_shards(config.data.shards, config.data.mixture, Path(index_dir) if index_dir else None)
+    shards, sources = open_shards(
+        config.data.shards, config.data.mixture, Path(index_dir) if index_dir else None, reading(config.data)
+    )
     mixing = resolve_order(config, samples=shards.samples, shards=int((shards.counts > 0).sum()))
     return DataStream(
         shards,

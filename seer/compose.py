@@ -124,6 +124,7 @@ def compose(overrides: Sequence[str]) -> TrainConfig:
     assert isinstance(config, TrainConfig)
     config.run_dir = os.path.expanduser(config.run_dir)
     config.data.index_dir = config.data.index_dir and os.path.expanduser(config.data.index_dir)
+    config.data.cache_dir = config.data.cache_dir and os.path.expanduser(config.data.cache_dir)
     config.train.init_from = config.train.init_from and os.path.expanduser(config.train.init_from)
     return config
 

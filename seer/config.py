@@ -84,6 +84,13 @@ class DataConfig:
     """Instead of shards, several sources in fixed shares of every batch: NAME WEIGHT PATTERN each."""
     index_dir: str | None = None
     """Folder that holds the indexes of shards whose own folder cannot be written; default: beside the tar."""
+    cache_dir: str | None = None
+    """Folder on a local disk for whole shards of s3://, gs:// and http(s)://, which the processes of a machine share.
+    Default: seer/shards under $XDG_CACHE_HOME or ~/.cache."""
+    cache_gb: float = 50.0
+    """Most that this folder holds, GB (10^9 bytes); what has no room is read image by image. 0 keeps nothing."""
+    io_timeout_seconds: int = 300
+    """How long a remote shard that cannot be read is tried again before the run stops."""
     workers: int | None = None
     """Processes that decode and crop; 0 does it in the main process. Default: from the number of cores."""
     lanes: int | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from seer.config import TrainConfig
+from seer.config import DataConfig, TrainConfig
+from seer.remote import Reading
 from seer.source_list import quotas, read_sources
 
 # Up to so many images are mixed as a whole; of more, about so many at a time: 64 lanes of 40,000.
@@ -66,6 +67,11 @@ def resolve(
         "train.threads": config.train.threads,
     }
     return derived | {key: Resolved(value, "given") for key, value in given.items() if value is not None}
+
+
+def reading(data: DataConfig) -> Reading:
+    """How the shards of a configuration are read if they are remote."""
+    return Reading(data.cache_dir, round(data.cache_gb * 1e9), data.io_timeout_seconds)
 
 
 def resolve_order(config: TrainConfig, *, samples: int, shards: int) -> dict[str, Resolved]:

@@ -1,13 +1,29 @@
 """What a user can do wrong, told in one line: what is wrong, the rule, the remedy."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 EXIT_STOPPED = 75  # of `seer train` (EX_TEMPFAIL): stopped, and the same command goes on
 
 
+def shown(text: str) -> str:
+    """The same text as it may be written anywhere: addresses in it without user, password and query."""
+
+    def redacted(url: re.Match[str]) -> str:
+        scheme, rest = url.group().split("://", 1)
+        address, mark, query = rest.partition("?")
+        # In s3:// and gs:// a ? is part of a pattern, unless values follow it.
+        secret = bool(mark) and (scheme not in ("s3", "gs") or "=" in query)
+        authority, slash, path = (address if secret else rest).partition("/")
+        return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}" + ("?(redacted)" if secret else "")
+
+    return _URL.sub(redacted, text)
+
+
 class UserError(ValueError):
-    """An error that the user's input caused and the user can mend.
+    """An error that the user's input caused and the user can mend. Secrets of addresses in its words are taken out.
 
     The command line prints it as one line and exits with code 2; everything else is a bug and keeps its traceback.
 
@@ -18,8 +34,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, what: str, rule: str, remedy: str) -> None:
-        self.what, self.rule, self.remedy = what, rule, remedy
-        super().__init__(" ".join(f"{what}: {rule}; {remedy}".split()))
+        self.what, self.rule, self.remedy = shown(what), shown(rule), shown(remedy)
+        super().__init__(" ".join(f"{self.what}: {self.rule}; {self.remedy}".split()))
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         # Exceptions cross process borders (data workers, ranks) by pickle, which would replay the joined message only.

@@ -23,7 +23,10 @@ _IDENTITY = (
     "train.init_from",
     "parallel.sync_batchnorm",
 )
-_FREE = ("data.workers", "data.index_dir", "data.max_bad_share")
+_FREE = (
+    *("data.workers", "data.index_dir", "data.max_bad_share"),
+    *("data.cache_dir", "data.cache_gb", "data.io_timeout_seconds"),
+)
 # What these mean for the batches stands in the data's identity: where that is known, their spelling does not matter.
 _IN_DATA_IDENTITY = ("data.shards", "data.mixture", "data.lanes", "data.window_images")
 _DATA_NAMES = {

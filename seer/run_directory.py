@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import yaml
 
-from seer.errors import UserError
+from seer.errors import UserError, shown
 from seer.files import cannot_write, write_atomically
 from seer.run_agreement import agree_or_raise
 from seer.run_lock import RunLock, in_use
@@ -327,14 +327,12 @@ def _hash(frozen: Mapping[str, Any]) -> str:
 
 
 def _without_secrets(value: Any) -> Any:
-    """The same without the queries of URLs: those of signed ones are passwords."""
+    """The same without what is secret in addresses."""
     if isinstance(value, Mapping):
         return {key: _without_secrets(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_without_secrets(inner) for inner in value]
-    if isinstance(value, str) and "://" in value and "?" in value:
-        return value.split("?", 1)[0] + "?(redacted)"
-    return value
+    return shown(value) if isinstance(value, str) else value
 
 
 def _load(folder: Path) -> dict[str, Any] | None:

@@ -13,10 +13,12 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from seer import remote
 from seer.errors import UserError
 from seer.files import write_atomically
 
@@ -34,7 +36,7 @@ class ShardIndex:
     """One tar and where its images lie.
 
     Attributes:
-        location: path of the tar.
+        location: path of the tar, or its address.
         offsets: (n,) uint64, first byte of each image in the tar.
         sizes: (n,) uint32, bytes of each image.
         labels: (n,) int32, class numbers, -1 for none.
@@ -56,7 +58,7 @@ class ShardIndex:
     @property
     def name(self) -> str:
         """File name of the tar."""
-        return os.path.basename(self.location)
+        return remote.file_name(self.location)
 
     @property
     def tar_digest(self) -> str:
@@ -64,10 +66,18 @@ class ShardIndex:
         return self.digest.partition("-")[0]
 
 
+def index_location(tar: str | Path, index_dir: Path | None = None) -> str:
+    """Path or address of the index of `tar`: NAME.tar.seer.npz beside it, or in `index_dir`."""
+    tar = os.fspath(tar)
+    name = f"{remote.file_name(tar)}.seer.npz"
+    if index_dir is not None:
+        return os.path.join(index_dir, name)
+    return remote.beside(tar, name) if remote.is_remote(tar) else os.path.join(os.path.dirname(tar), name)
+
+
 def index_path(tar: str | Path, index_dir: Path | None = None) -> Path:
-    """Where the index of `tar` is: NAME.tar.seer.npz beside it, or in `index_dir`."""
-    folder, name = os.path.split(tar)
-    return Path(folder if index_dir is None else index_dir) / f"{name}.seer.npz"
+    """`index_location` of what can be written: a tar that is a file, or any with `index_dir`."""
+    return Path(index_location(tar, index_dir))
 
 
 def save_index(index: ShardIndex, file: Path) -> None:
@@ -81,23 +91,32 @@ def save_index(index: ShardIndex, file: Path) -> None:
     write_atomically(Path(file), buffer.getvalue())
 
 
-def load_index(tar: str | Path, index_dir: Path | None = None) -> ShardIndex:
-    """The index of a tar, checked against the tar's size; the tar itself is not read.
+def load_index(tar: str | Path, index_dir: Path | None = None, *, patience: float = remote.PATIENCE) -> ShardIndex:
+    """The index of a tar; the tar itself is not read. A file's size is compared (a remote tar's when it is read).
 
-    It costs 0.3 ms for 1,000 images and 0.7 ms for 10,000.
+    It costs 0.3 ms for 1,000 images and 0.7 ms for 10,000 from a local disk.
+
+    Args:
+        patience: seconds of trying again to read a remote index.
 
     Raises:
         UserError: no such tar, a tar without index, a damaged index, a tar whose size is not what was indexed.
     """
-    tar = os.fspath(tar)
-    file = index_path(tar, index_dir)
-    again = f"run: seer shards index '{tar}'" + ("" if index_dir is None else f" --index-dir '{index_dir}'")
+    tar, file = os.fspath(tar), index_location(tar, index_dir)
+    away = remote.is_remote(tar)
+    again = f"run: seer shards index '{tar}'"
+    again += f" --index-dir '{index_dir or 'DIR'}'" if away or index_dir is not None else ""
     try:
-        tar_size = os.stat(tar).st_size
+        tar_size = None if away else os.stat(tar).st_size
     except OSError as error:
         raise UserError(f"{tar} cannot be read ({error.strerror})", "a shard is a tar file", "check the path") from None
+    missing = UserError(
+        f"{tar} has no index ({file})",
+        "reading in random order needs one",
+        again + (" and give data.index_dir=DIR" if away and index_dir is None else ""),
+    )
     try:
-        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+        with _opened(file, patience) as stream, np.load(stream, allow_pickle=False) as arrays:
             version, indexed_size, digest = arrays["header"].tobytes().decode("ascii").split()
             rows = arrays["rows"]
             offsets, sizes, labels = (np.ascontiguousarray(rows[name]) for name in ("offset", "size", "label"))
@@ -105,17 +124,27 @@ def load_index(tar: str | Path, index_dir: Path | None = None) -> ShardIndex:
         inside = (offsets <= index.tar_size) & (offsets + sizes <= index.tar_size)
         fits = int(version) == _FORMAT and rows.ndim == 1 and bool(inside.all())
     except FileNotFoundError:
-        raise UserError(f"{tar} has no index ({file})", "reading in random order needs one", again) from None
+        raise missing from None
+    except remote.Refused as error:
+        raise (missing if error.status == 404 else error) from None
+    except UserError:
+        raise
     except PermissionError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})", "it is the index of a shard", "check it") from None
     except _DAMAGE:
         fits = False
     if not fits:
         raise UserError(f"{file} is damaged", "it is no index that this version can read", again)
-    if tar_size != index.tar_size:
+    if tar_size is not None and tar_size != index.tar_size:
         raise UserError(
             f"{tar} has {tar_size} bytes, its index says {index.tar_size}",
             "the tar was cut short or changed after it was indexed",
             f"copy it again, or if the change was meant, {again}",
         )
     return index
+
+
+def _opened(file: str, patience: float) -> BinaryIO:
+    if remote.is_remote(file):
+        return io.BytesIO(remote.read_bytes(file, patience=patience))
+    return open(file, "rb")

@@ -10,21 +10,23 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from seer import shard_manifest
+from seer import remote, shard_manifest
 from seer.errors import UserError
-from seer.shard_index import ShardIndex, index_path, load_index
+from seer.shard_index import ShardIndex, index_location, load_index
 from seer.shard_patterns import expand_shards
 
 _HELD_SAMPLES = 1 << 22  # of indexes that are held: 64 MB
 # What is wrong with the indexes of so few shards is told when they are listed, and not in the middle of a run.
 _FEW = 256
+_AT_ONCE = 16  # remote indexes that are asked for together
 _DIGEST = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{32})?")  # the second part: of a choice of samples
 
 
@@ -39,7 +41,7 @@ class ListedShard(NamedTuple):
     @property
     def name(self) -> str:
         """File name of the tar."""
-        return os.path.basename(self.location)
+        return remote.file_name(self.location)
 
 
 class ShardList:
@@ -50,6 +52,7 @@ class ShardList:
     Args:
         shards: indexes, or what is known of shards whose index is loaded when it is asked for.
         index_dir: folder of the indexes; None: beside the tars.
+        reading: how they are read if they are remote.
 
     Attributes:
         listed: what is known of each.
@@ -57,7 +60,12 @@ class ShardList:
         digest: 32 hexadecimal characters over (file name, count, tar digest) of every shard in order, not over folders.
     """
 
-    def __init__(self, shards: Sequence[ShardIndex | ListedShard], index_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        shards: Sequence[ShardIndex | ListedShard],
+        index_dir: Path | None = None,
+        reading: remote.Reading = remote.BY_DEFAULT,
+    ) -> None:
         self.listed = [
             ListedShard(shard.location, len(shard), shard.tar_size, shard.digest)
             if isinstance(shard, ShardIndex)
@@ -69,27 +77,32 @@ class ShardList:
         for shard in self.listed:
             digest.update(f"{shard.name}\0{shard.samples}\0{shard.digest}\n".encode("utf-8", "surrogateescape"))
         self.digest = digest.hexdigest()
-        self._index_dir = index_dir
+        self._index_dir, self.reading = index_dir, reading
         self._given = {number: shard for number, shard in enumerate(shards) if isinstance(shard, ShardIndex)}
         self._loaded: dict[int, ShardIndex] = {}
         self._held = 0
 
     @classmethod
-    def open(cls, patterns: Sequence[str] | str, index_dir: Path | None = None) -> Self:
+    def open(
+        cls, patterns: Sequence[str] | str, index_dir: Path | None = None, reading: remote.Reading = remote.BY_DEFAULT
+    ) -> Self:
         """All shards that the patterns mean, in an order that does not depend on folders.
 
         Raises:
             UserError: from `expand_shards` or `load_index`, or no image in any shard.
         """
         tars = expand_shards([patterns] if isinstance(patterns, str) else patterns)
-        shards = sorted(_listed(tars, index_dir), key=lambda shard: (shard.name, shard.digest))
-        found = cls(shards, index_dir)
+        shards = sorted(_listed(tars, index_dir, reading.patience), key=lambda shard: (shard.name, shard.digest))
+        found = cls(shards, index_dir, reading)
         if found.samples == 0:
             raise UserError(
-                f"{tars[0]} and what else was named hold no image", "training needs images", "check the shards"
+                f"{tars[0]} and what else was named hold no image",
+                "training needs images",
+                "check the shards",
             )
-        if len(found) <= _FEW:
-            for number in range(len(found)):
+        few = range(len(found)) if len(found) <= _FEW else ()
+        for number in few:
+            if not remote.is_remote(found.listed[number].location) or number == 0:  # a request each
                 found[number]
         return found
 
@@ -99,6 +112,7 @@ class ShardList:
         return cls(
             [one._given.get(number, shard) for one in lists for number, shard in enumerate(one.listed)],
             lists[0]._index_dir,
+            lists[0].reading,
         )
 
     def __getitem__(self, number: int) -> ShardIndex:
@@ -111,10 +125,10 @@ class ShardList:
             if number in known:
                 return known[number]
         shard = self.listed[number]
-        found = load_index(shard.location, self._index_dir)
+        found = load_index(shard.location, self._index_dir, patience=self.reading.patience)
         if (len(found), found.tar_size, found.digest) != shard[1:]:
             raise UserError(
-                f"{index_path(shard.location, self._index_dir)} does not fit {shard_manifest.NAME} beside it",
+                f"{index_location(shard.location, self._index_dir)} does not fit {shard_manifest.NAME} beside it",
                 "a folder's list tells what its indexes hold",
                 f"run: seer shards index '{shard.location}'",
             )
@@ -136,25 +150,35 @@ class ShardList:
         return int(self.counts.sum())
 
 
-def _listed(tars: Sequence[str], index_dir: Path | None) -> list[ListedShard | ShardIndex]:
+def _listed(tars: Sequence[str], index_dir: Path | None, patience: float) -> list[ListedShard | ShardIndex]:
     """From the folders' lists where they tell of a tar of its size; else from its index."""
     lists = cache(_list_of)
-    found: list[ListedShard | ShardIndex] = []
-    for tar in tars:
-        folder, name = os.path.split(tar)
-        entry = lists(folder if index_dir is None else os.fspath(index_dir)).get(name)
+
+    def listed(tar: str) -> ListedShard | None:
+        folder = shard_manifest.folder_of(tar) if index_dir is None else os.fspath(index_dir)
+        entry = lists(folder).get(remote.file_name(tar))
         try:
-            fits = entry is not None and os.stat(tar).st_size == entry[1]
+            # A remote tar's size is compared when it is read: here it would cost a request.
+            fits = entry is not None and (remote.is_remote(tar) or os.stat(tar).st_size == entry[1])
         except OSError:
             fits = False  # load_index tells why
-        found.append(ListedShard(tar, *entry) if entry is not None and fits else load_index(tar, index_dir))
-    return found
+        return ListedShard(tar, *entry) if entry is not None and fits else None
+
+    found: list[ListedShard | ShardIndex | None] = [listed(tar) for tar in tars]
+    missing = [number for number, shard in enumerate(found) if shard is None]
+    away = sum(remote.is_remote(tars[number]) for number in missing)
+    with ThreadPoolExecutor(min(_AT_ONCE, away) or 1) as pool:
+        load = partial(load_index, index_dir=index_dir, patience=patience)
+        loaded = (pool.map if away else map)(load, [tars[number] for number in missing])
+        for number, index in zip(missing, loaded, strict=True):
+            found[number] = index
+    return [shard for shard in found if shard is not None]
 
 
 def _list_of(folder: str) -> dict[str, tuple[int, int, str]]:
     """File name -> images, bytes and digest of each shard that FOLDER/manifest.json lists."""
     listed: dict[str, tuple[int, int, str]] = {}
-    for entry in (shard_manifest.read(Path(folder)) or {}).get("shards", []):
+    for entry in (shard_manifest.read(folder) or {}).get("shards", []):
         try:
             name, samples, size, digest = (entry[word] for word in ("name", "samples", "bytes", "digest"))
             if type(samples) is int and samples >= 0 and type(size) is int and _DIGEST.fullmatch(digest):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from seer import remote
 from seer.errors import UserError
 from seer.files import write_atomically
 from seer.shard_index import ShardIndex
@@ -36,16 +38,36 @@ def write(folder: Path, shards: Sequence[Entry], **more: Any) -> None:
     write_atomically(folder / NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """FOLDER/manifest.json, or None where there is none or where it is somebody else's."""
+def folder_of(location: str) -> str:
+    """The folder of a tar, path or address, as `read` takes it."""
+    return remote.beside(location, "") if remote.is_remote(location) else os.path.dirname(location)
+
+
+def read(folder: str | Path) -> dict[str, Any] | None:
+    """FOLDER/manifest.json, or None where there is none or where it is somebody else's.
+
+    Raises:
+        UserError: an address that cannot be reached.
+    """
+    folder = os.fspath(folder)
     try:
-        content = json.loads((folder / NAME).read_bytes())
+        if remote.is_remote(folder):
+            content = json.loads(remote.read_bytes(remote.beside(folder, NAME)))
+        else:
+            content = json.loads(Path(folder, NAME).read_bytes())
+    except remote.Refused as error:
+        # S3 says 403 of what is missing to those who may not list; the indexes will tell if all is refused.
+        if error.status in (403, 404):
+            return None
+        raise
+    except UserError:
+        raise
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) and content.get("format") == FORMAT else None
 
 
-def class_names(folder: Path) -> list[str]:
+def class_names(folder: str | Path) -> list[str]:
     """The class names of a folder of shards that was packed with labels: the label is the place in the list.
 
     Raises:
@@ -55,5 +77,5 @@ def class_names(folder: Path) -> list[str]:
     names = content.get("classes") if content else None
     if not names:
         remedy = "name a folder that was written by: seer shards pack --labels folders"
-        raise UserError(f"{folder} tells no class names", f"they stand in its {NAME}", remedy)
+        raise UserError(f"{os.fspath(folder)} tells no class names", f"they stand in its {NAME}", remedy)
     return [str(name) for name in names]

@@ -1,4 +1,4 @@
-"""Which tars a pattern means: paths, braces, wildcards."""
+"""Which tars a pattern means: paths and addresses, braces, wildcards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
+from seer import remote
 from seer.errors import UserError
 from seer.wids_json import is_list, read_list
 
@@ -34,6 +35,15 @@ def _braces(pattern: str) -> Iterator[str]:
     yield pattern
 
 
+def _names(pattern: str) -> Iterator[str]:
+    """`_braces`, refused beyond `_MAX_NAMES`."""
+    for number, name in enumerate(_braces(pattern)):
+        if number >= _MAX_NAMES:
+            what = f"{pattern} names over {_MAX_NAMES} shards"
+            raise UserError(what, "braces stand for a list", "use '*' instead")
+        yield name
+
+
 def _literal_folder(pattern: str) -> tuple[str, str]:
     """Splits a pattern into the folders that exist under that very name ('photos [2024]') and the rest."""
     parts = pattern.split("/")
@@ -44,9 +54,10 @@ def _literal_folder(pattern: str) -> tuple[str, str]:
 
 
 def _matches(pattern: str) -> list[str]:
-    if "://" in pattern:
-        address = pattern.split("?")[0]  # the query of a signed URL is a secret
-        raise UserError(f"{address} is remote", "this version reads local files only", "copy or mount the shards")
+    if not os.path.isfile(pattern):
+        remote.refuse_other_schemes(pattern)
+    if remote.is_remote(pattern):
+        return _addresses(pattern)
     if is_list(pattern):
         return [shard.tar for shard in read_list(pattern)]
     if os.path.isfile(pattern):
@@ -61,9 +72,7 @@ def _matches(pattern: str) -> list[str]:
     found: list[str] = []
     missing: list[str] = []
     others: list[str] = []
-    for number, name in enumerate(_braces(rest)):
-        if number >= _MAX_NAMES:
-            raise UserError(f"{pattern} names over {_MAX_NAMES} shards", "braces stand for a list", "use '*' instead")
+    for name in _names(rest):
         if os.path.isfile(folder + name):
             found.append(folder + name)
         elif glob.has_magic(name):
@@ -84,18 +93,39 @@ def _matches(pattern: str) -> list[str]:
     return found
 
 
+def _addresses(pattern: str) -> list[str]:
+    """What a remote pattern means. Whether a shard that is named is there is told by its index."""
+    address, query = remote.without_query(pattern)
+    if address.endswith("/"):
+        what = f"{pattern} is a folder"
+        raise UserError(what, "shards are named by a pattern", f"write '{address}*.tar'")
+    found: list[str] = []
+    for name in _names(address):
+        if glob.has_magic(name):
+            found += [match for match in remote.found(name) if match.endswith(".tar")]
+        else:
+            found.append(name + query)
+    if not found:
+        rule = "there is no such file in the bucket"
+        raise UserError(f"no shard matches {pattern}", rule, "check the address")
+    return found
+
+
 def expand_shards(patterns: Sequence[str]) -> list[str]:
-    """The tars that some patterns mean, as absolute paths without repetition, sorted by file name, then by path.
+    """The tars that some patterns mean, as absolute paths or addresses without repetition, sorted by file name, then by
+    path.
 
     A pattern is a path that exists (taken as it is, whatever characters it has), or one with braces ({000..127}, {a,b}:
     all of them must exist), with * ? [...] or ** (only names that end in .tar), or a mixture; ~ is the home folder. A
     file that ends in .json lists tars (`seer.wids_json`).
+    Addresses are patterns too; * of http(s):// cannot be listed.
 
     Raises:
-        UserError: a pattern that matches nothing, a folder, a remote pattern.
+        UserError: a pattern that matches nothing, a folder, a scheme that is not read, a bucket that cannot be listed.
     """
-    found = {os.path.abspath(match) for pattern in patterns for match in _matches(str(pattern))}
+    matches = [match for pattern in patterns for match in _matches(str(pattern))]
+    found = {match if remote.is_remote(match) else os.path.abspath(match) for match in matches}
     if not found:
         raise UserError("no shards are named", "at least one pattern is needed", "write for example 'SHARDS/*.tar'")
     # By file name first, so that moving a folder does not change the order.
-    return sorted(found, key=lambda path: (os.path.basename(path), path))
+    return sorted(found, key=lambda path: (remote.file_name(path), path))

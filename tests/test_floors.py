@@ -33,13 +33,13 @@ ENTRY = "__main__"  # `python -m seer`: calls the command line and is imported b
 # What a data worker, the launcher and `--help` import: they start in a fraction of the time that torch takes to import.
 WITHOUT_TORCH = (
     *("__init__", "errors", "config", "compose", "keyed_random", "shard_index", "files", "run_directory", "run_lock"),
-    *("run_agreement", "shard_list", "shard_manifest", "shard_patterns", "wids_json"),
+    *("remote", "run_agreement", "shard_list", "shard_manifest", "shard_patterns", "wids_json"),
     *("validation", "derived", "source_list", "rank_environment"),
     *(
         f"data/{name}"
         for name in ("__init__", "order", "mixture", "decode", "crops", "sources", "photometric_parameters")
     ),
-    *("data/assembly", "data/pool"),
+    *("data/assembly", "data/pool", "data/shard_cache", "data/fetching"),
     *("cli/__init__", "cli/main", "cli/arguments", "cli/launch", "cli/train", "cli/runs", "cli/doctor"),
     *(f"launching/{name}" for name in ("cluster", "entry", "folder", "follow", "local", "machine", "placement")),
     *(f"launching/{name}" for name in ("slurm", "submission", "tail")),

@@ -97,6 +97,12 @@ def test_other_keys_may_change_and_are_recorded(tmp_path, key, value):
     assert read_run(tmp_path) == changed(key, value)
 
 
+def test_a_run_goes_on_with_another_cache(tmp_path):
+    begun(tmp_path, CONFIG)
+    for key, value in (("cache_dir", "/x"), ("cache_gb", 7.5), ("io_timeout_seconds", 7)):
+        RunDirectory.open(tmp_path, changed(f"data.{key}", value)).close()
+
+
 def test_at_most_five_differences_are_listed(tmp_path):
     begun(tmp_path, {"seed": 0, "backbone": {str(i): i for i in range(7)}})
     with pytest.raises(UserError, match="and 2 more") as caught:

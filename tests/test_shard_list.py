@@ -91,7 +91,9 @@ def test_of_many_shards_no_index_is_opened_before_it_is_needed(tmp_path: Path, m
     opened: list[str] = []
     load = shard_list.load_index
     monkeypatch.setattr(
-        shard_list, "load_index", lambda tar, index_dir: (opened.append(os.path.basename(tar)), load(tar, index_dir))[1]
+        shard_list,
+        "load_index",
+        lambda tar, index_dir, patience: (opened.append(os.path.basename(tar)), load(tar, index_dir))[1],
     )
     listed(tmp_path, [shard(tmp_path / f"{name}.tar", 4) for name in "abc"])
     shard(tmp_path / "d.tar", 4)  # it came later, and nobody has listed it

@@ -95,7 +95,10 @@ def test_an_endless_list_is_refused_before_it_eats_the_memory(tars: Path, monkey
         expand_shards([f"{tars}/train-{{0..999999999999}}.tar"])
 
 
-def test_remote_shards_are_refused_without_telling_the_signature() -> None:
-    with pytest.raises(UserError, match=r"s3://bucket/a.tar is remote") as caught:
-        expand_shards(["s3://bucket/a.tar?X-Amz-Signature=secret"])
+@pytest.mark.parametrize("pattern", ["ftp://me:secret@host/a.tar?Signature=secret", "pipe:cat secret/a.tar"])
+def test_what_no_client_reads_is_refused_without_telling_secrets(pattern: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^(ftp|pipe): cannot be read: shards are files or http, https, s3, gs"
+    ) as caught:
+        expand_shards([pattern])
     assert "secret" not in str(caught.value)

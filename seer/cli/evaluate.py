@@ -47,12 +47,14 @@ def run(argv: list[str]) -> int:
     given = _arguments().parse(argv[1:])
     # torch is imported from here on, so that help and misspelt options answer at once.
     from seer.cli.saved_run import load_run
+    from seer.derived import reading
     from seer.run_directory import update_result
     from seer.shard_list import ShardList
 
     bank, queries = ShardList.open(given.train, given.index_dir), ShardList.open(given.val, given.index_dir)
     _same_classes_or_raise(bank, queries)
     saved = load_run(given.run)
+    bank.reading = queries.reading = reading(saved.config.data)
     scores: dict[str, Any]
     if given.baselines or given.picture:
         scores, found = _with_baselines(given, saved, bank, queries)
@@ -95,7 +97,7 @@ def _arguments() -> Arguments:
     return arguments
 
 
-def _class_names(folder: Path) -> list[str] | None:
+def _class_names(folder: str) -> list[str] | None:
     from seer.shard_manifest import class_names
 
     with contextlib.suppress(UserError):  # shards made by others know numbers only
@@ -104,16 +106,18 @@ def _class_names(folder: Path) -> list[str] | None:
 
 
 def _same_classes_or_raise(bank: ShardList, queries: ShardList) -> None:
+    from seer.shard_manifest import folder_of
+
     known, asked = (
         {folder: names for folder in folders if (names := _class_names(folder))}
-        for folders in ({Path(shard.location).parent: None for shard in shards.listed} for shards in (bank, queries))
+        for folders in ({folder_of(shard.location): None for shard in shards.listed} for shards in (bank, queries))
     )
     for train, val in product(known, asked):
         if known[train] != asked[val]:
             raise UserError(
                 f"the classes of {train} (--train) and {val} (--val) differ",
                 "numbers of classes must mean the same in both",
-                f"pack the second with --classes {shlex.quote(str(train))}",
+                f"pack the second with --classes {shlex.quote(train)}",
             )
 
 
@@ -171,8 +175,9 @@ def _with_baselines(
 
 def _picture(out: Path, found: Baselines, queries: ShardList, title: str) -> None:
     from seer.evaluation.report import picture_of
+    from seer.shard_manifest import folder_of
 
-    picture_of(found, out, title=title, class_names=_class_names(Path(queries.listed[0].location).parent))
+    picture_of(found, out, title=title, class_names=_class_names(folder_of(queries.listed[0].location)))
 
 
 def _say(given: argparse.Namespace, found: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from seer.cli.amounts import many, said
 from seer.cli.arguments import Arguments, path, png, positive
-from seer.errors import UserError, closest
+from seer.errors import UserError, closest, shown
 from seer.files import cannot_write
 from seer.shards.processes import Progress, cores
 
@@ -191,7 +191,8 @@ def _pack(argv: Sequence[str]) -> int:
 
 def _say_next(pattern: str, index_dir: Path | None = None) -> None:
     more = f"data.index_dir={shlex.quote(str(index_dir))} " if index_dir else ""
-    print(f"next: seer train data.shards={shlex.quote(pattern)} {more}experiment=small run_dir=runs/mine")
+    shards = shlex.quote(shown(pattern))
+    print(f"next: seer train data.shards={shards} {more}experiment=small run_dir=runs/mine")
 
 
 def _index(argv: Sequence[str]) -> int:
@@ -202,7 +203,7 @@ def _index(argv: Sequence[str]) -> int:
     arguments.add_argument("--from-dali", metavar="DIR", type=path, nargs="?", const=_BESIDE, help=from_dali)
     chosen = arguments.parse(argv)
 
-    from seer.shard_patterns import expand_shards
+    from seer.remote import is_remote
     from seer.shards import dali, wids
     from seer.shards.index import index
     from seer.wids_json import is_list
@@ -214,8 +215,7 @@ def _index(argv: Sequence[str]) -> int:
             wids.check(lists, workers=chosen.workers, progress=progress)
     if chosen.from_dali is not None:
         idx_dir = None if chosen.from_dali is _BESIDE else chosen.from_dali
-        tars = [Path(tar) for tar in expand_shards(chosen.patterns)]
-        only = dali.choices(tars, idx_dir, workers=chosen.workers)
+        only = dali.choices(_files(chosen.patterns), idx_dir, workers=chosen.workers)
     with _progress("indexing") as progress:
         indexed = index(chosen.patterns, chosen.index_dir, only=only, workers=chosen.workers, progress=progress)
     for sentence in indexed.oddities.sentences():
@@ -228,11 +228,25 @@ def _index(argv: Sequence[str]) -> int:
     before = f"{indexed.already_there} had their index before; " if indexed.already_there else ""
     what = f"{many(samples, 'image')} in {many(len(indexed.shards), 'shard')}, {labelled:,} with a label"
     print(f"{what} ({before}{time.monotonic() - start:.1f} s)")
-    whole = (
-        lists[0] if lists == chosen.patterns and len(lists) == 1 else f"{Path(indexed.shards[0].location).parent}/*.tar"
-    )
+    first = indexed.shards[0].location
+    if is_remote(first) or lists == chosen.patterns:
+        whole = chosen.patterns[0] if len(chosen.patterns) == 1 else f"[{','.join(chosen.patterns)}]"
+    else:
+        whole = f"{Path(first).parent}/*.tar"
     _say_next(whole, chosen.index_dir)
     return 0
+
+
+def _files(patterns: Sequence[str]) -> list[Path]:
+    """The tars that some patterns mean, where each must be a file."""
+    from seer.remote import is_remote
+    from seer.shard_patterns import expand_shards
+
+    tars = expand_shards(patterns)
+    for tar in tars:
+        if is_remote(tar):
+            raise UserError(f"{tar} is remote", "files of other loaders are read and written here", "copy the tars")
+    return [Path(tar) for tar in tars]
 
 
 def _export(argv: Sequence[str]) -> int:
@@ -248,12 +262,11 @@ def _export(argv: Sequence[str]) -> int:
     if chosen.wids is not None and chosen.wids.suffix != ".json":
         raise UserError(f"--wids {chosen.wids}", "a list of wids is named FILE.json", f"write {chosen.wids}.json")
 
-    from seer.shard_patterns import expand_shards
     from seer.shards import dali, wids
     from seer.shards.index import make_folder
     from seer.wids_json import below
 
-    tars = [Path(tar) for tar in expand_shards(chosen.patterns)]
+    tars = _files(chosen.patterns)
     asked = {"overwrite": chosen.overwrite, "workers": chosen.workers}
     if chosen.wids is not None:
         make_folder(chosen.wids.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +16,8 @@ from seer.data.decode import DEFAULT_LIMITS, BadImage, ImageLimits, OpenedImage,
 from seer.data.mixture import MixedOrder
 from seer.data.order import Int64s, ShardOrder
 from seer.data.photometric_parameters import PhotometricSpec
-from seer.data.sources import read_sample
-from seer.errors import UserError
+from seer.data.sources import ShardReader
+from seer.errors import UserError, shown
 from seer.keyed_random import uniforms
 from seer.shard_list import ShardList
 
@@ -88,6 +89,7 @@ class BatchAssembler:
     ) -> None:
         self._shards, self._order, self._seed, self._slots = shards, order, seed, slots
         self._specs, self._flip_probability, self._photometric = list(specs), flip_probability, photometric
+        self._reader = ShardReader(shards.reading)
         self._limits, self._crops = limits, sum(spec.count for spec in specs)
         self.quarantine: set[tuple[int, int]] = set()
         self.announce: Callable[[int, int, int], None] = _to_nobody
@@ -114,8 +116,8 @@ class BatchAssembler:
         ]
 
     def shard_path(self, shard: int) -> str:
-        """The tar of a shard's number."""
-        return self._shards.listed[shard].location
+        """The tar of a shard's number, as it is told."""
+        return shown(self._shards.listed[shard].location)
 
     def fill(
         self, batch_index: int, rows: range, crops_out: Sequence[UInt8s], parameters_out: Sequence[Float32s]
@@ -173,7 +175,7 @@ class BatchAssembler:
         shard = self._shards[place.shard]
         try:
             self._limits.refuse_bytes(int(shard.sizes[place.sample]))  # before it is read
-            data = read_sample(shard, place.sample)
+            data = self._reader.read(shard, place.sample, partial(self.announce, place.row, place.shard, -1))
             self.announce(*place)
             return open_image(data, self._limits)
         except BadImage as error:

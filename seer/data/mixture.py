@@ -15,6 +15,7 @@ import numpy as np
 from seer.data.order import GOLDEN, Int64s, ShardOrder, permuted
 from seer.errors import UserError
 from seer.keyed_random import key
+from seer.remote import BY_DEFAULT, Reading
 from seer.shard_list import ShardList
 from seer.source_list import quotas, read_sources
 
@@ -118,6 +119,16 @@ class MixedOrder:
             shard[at[number]] = found + self._first_shard[number]
         return shard, sample
 
+    def windows(self, batch_index: int, slots: Int64s) -> tuple[Int64s, Int64s]:
+        """Which shards the lanes of some slots use now and next: as `ShardOrder.windows`, source by source."""
+        lanes = np.unique(np.asarray(slots, np.int64) // self._lane_slots)
+        now, after = [], []
+        for order, first in zip(self._orders, self._first_shard, strict=False):
+            current, following = order.windows(batch_index, lanes * (order.global_batch_size // self.lanes))
+            now.append(current + first)
+            after.append(following + first)
+        return np.concatenate(now), np.concatenate(after)
+
 
 def order_of(
     counts: Int64s,
@@ -135,7 +146,7 @@ def order_of(
 
 
 def open_shards(
-    patterns: Sequence[str], mixture: Sequence[str], index_dir: Path | None = None
+    patterns: Sequence[str], mixture: Sequence[str], index_dir: Path | None = None, reading: Reading = BY_DEFAULT
 ) -> tuple[ShardList, list[SourceShare]]:
     """The shards to train on, one source after the other, and the sources (none where `mixture` names none).
 
@@ -143,13 +154,14 @@ def open_shards(
         patterns: of one list of shards (`data.shards`).
         mixture: or several sources instead (`data.mixture`).
         index_dir: folder of the indexes; None: beside the tars.
+        reading: how remote shards are read.
 
     Raises:
         UserError: as `ShardList.open` and `read_sources`.
     """
     sources = read_sources(mixture)
     if not sources:
-        return ShardList.open(patterns, index_dir), []
-    lists = [ShardList.open(source.pattern, index_dir) for source in sources]
+        return ShardList.open(patterns, index_dir, reading), []
+    lists = [ShardList.open(source.pattern, index_dir, reading) for source in sources]
     shares = [SourceShare(source.name, source.weight, len(one)) for source, one in zip(sources, lists, strict=True)]
     return ShardList.joined(lists), shares

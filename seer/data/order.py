@@ -141,6 +141,44 @@ class ShardOrder:
         shard = self._shard_at[at]
         return shard, place - (self._ends[at] - self.counts[shard])
 
+    def windows(self, batch_index: int, slots: Int64s) -> tuple[Int64s, Int64s]:
+        """Which shards the lanes of some slots use: for their whole current window, then for the window after it.
+
+        A batch that ends in another window than it begins in has both as its current one.
+
+        Args:
+            batch_index, slots: as for `positions`.
+
+        Returns:
+            two arrays of different shards, in the order of the epoch; a shard may be in both.
+        """
+        epoch, batch = divmod(batch_index, self.batches_per_epoch)
+        first, last = batch * self._lane_slots // self._window, ((batch + 1) * self._lane_slots - 1) // self._window
+        now = [(epoch, window) for window in range(first, last + 1)]
+        places_left = (last + 1) * self._window < self.batches_per_epoch * self._lane_slots
+        after = [(epoch, last + 1) if places_left else (epoch + 1, 0)]
+        lanes = np.unique(np.asarray(slots, np.int64) // self._lane_slots).tolist()
+        return self._shards_of(now, lanes), self._shards_of(after, lanes)
+
+    def _shards_of(self, windows: Sequence[tuple[int, int]], lanes: Sequence[int]) -> Int64s:
+        found = []
+        for epoch, window in windows:
+            self._enter(epoch)
+            offset = int(key(self.seed, "offset", epoch)) % self.samples
+            first = window * self._window
+            size = min(self._lane_samples - first, self._window)
+            for lane in lanes:
+                start = (lane * self._lane_samples + first + offset) % self.samples
+                # Turned by the offset, a window may go on at the beginning.
+                for begin, end in ((start, min(start + size, self.samples)), (0, start + size - self.samples)):
+                    if begin < end:
+                        at = np.searchsorted(self._ends, [begin, end - 1], side="right")
+                        found.append(self._shard_at[at[0] : at[1] + 1])
+        shards = np.concatenate(found)
+        _, places = np.unique(shards, return_index=True)
+        shards = shards[np.sort(places)]
+        return shards[self.counts[shards] > 0]
+
     def _enter(self, epoch: int) -> None:
         """The shards in the order of the epoch, and where each ends in their concatenation."""
         if epoch != self._cached_epoch:

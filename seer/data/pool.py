@@ -280,7 +280,7 @@ class BatchPool:
 
     def _start_anew(self, its: socket.socket, number: int) -> subprocess.Popen[bytes]:
         if self._briefing is None:
-            self._briefing = _memory_file()
+            self._briefing = memory_file()
             with open(self._briefing, "wb", closefd=False) as file:
                 pickle.dump((self._assembler, self._ring.slots, self._ring.workers), file)
         files = (its.fileno(), self._ring.file, self._briefing)
@@ -430,7 +430,7 @@ class _Ring:
         sizes = [_rounded(int(np.prod(shape)) * np.dtype(kind).itemsize, 64) for shape, kind in assembler.layout]
         head, size = _rounded(64 * workers, page), _rounded(sum(sizes), page)
         if file is None and workers:
-            file = _memory_file()
+            file = memory_file()
             os.ftruncate(file, head + slots * size)
         self.file = -1 if file is None else file
         memory = mmap.mmap(self.file, head + slots * size)  # lives as long as an array that looks at it
@@ -509,7 +509,8 @@ def _rounded(size: int, to: int) -> int:
     return -(-size // to) * to
 
 
-def _memory_file() -> int:
+def memory_file() -> int:
+    """A file without a name: it is gone with the last process that has it open."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("seer-batches", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:
@@ -532,7 +533,7 @@ def _cause(code: int | None) -> str:
 
 def serve_anew(task_file: int, ring_file: int, briefing: int, number: int, parent: int) -> None:
     """A worker that was started anew, with the files that it was handed."""
-    _leave_signals_to_the_parent(parent)
+    leave_signals_to_the_parent(parent)
     its = socket.socket(fileno=task_file)
     try:
         with mmap.mmap(briefing, 0, prot=mmap.PROT_READ) as written:
@@ -552,7 +553,7 @@ def _serve_forked(
     number: int,
     parent: int,
 ) -> None:
-    _leave_signals_to_the_parent(parent)
+    leave_signals_to_the_parent(parent)
     for other in inherited:  # else the others would not see the end of a parent that dies
         other.close()
     _serve(its, assembler, ring, number)
@@ -579,7 +580,8 @@ def _serve(its: socket.socket, assembler: BatchAssembler, ring: _Ring, number: i
             its.sendall(answer)
 
 
-def _leave_signals_to_the_parent(parent: int) -> None:
+def leave_signals_to_the_parent(parent: int) -> None:
+    """For a process that lives as long as its parent and no longer: it ignores what the parent is told by signals."""
     # The run's own handlers and the terminal's Ctrl-C are for the main process, which ends the workers when it is done.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)

@@ -1,11 +1,19 @@
-"""Bytes of a sample out of a tar shard: one positioned read, no parsing, files stay open."""
+"""Bytes of a sample out of a tar shard: one positioned read, no parsing, files stay open.
+
+A shard behind an address is brought into the cache as a whole and read there; where it has no room, each image is a
+request.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 
+from seer import remote
+from seer.data.shard_cache import ShardCache, nothing
 from seer.errors import UserError
+from seer.remote import BY_DEFAULT, Reading
 from seer.shard_index import ShardIndex
 
 # Far below the usual limit of 1,024 open files a process; opening again costs microseconds on a local disk.
@@ -13,20 +21,35 @@ _OPEN_FILES = 128
 
 
 class ShardReader:
-    """Reads samples; keeps the last few shards open. Each process needs its own."""
+    """Reads samples; keeps the last few shards open. Each process needs its own: a pickled one begins anew.
 
-    def __init__(self) -> None:
+    Args:
+        reading: how remote shards are read.
+        tell: gets a sentence where they are read in another way than asked; by default nobody.
+    """
+
+    def __init__(self, reading: Reading = BY_DEFAULT, tell: Callable[[str], None] | None = None) -> None:
+        self._reading, self._tell = reading, tell
         self._files: OrderedDict[str, int] = OrderedDict()
+        self._cache: ShardCache | None = None
 
-    def read(self, shard: ShardIndex, sample: int) -> bytes:
+    def read(self, shard: ShardIndex, sample: int, alive: Callable[[], None] = nothing) -> bytes:
         """The bytes of the image of one sample.
 
+        Args:
+            alive: called now and then while a shard is fetched.
+
         Raises:
-            UserError: the tar is gone, cannot be read, or is not the one that was indexed (its size differs).
+            UserError: the tar is gone, cannot be read, or is not the one that was indexed (its size differs; of one
+                that is fetched as a whole, its bytes).
         """
-        size = int(shard.sizes[sample])
+        offset, size = int(shard.offsets[sample]), int(shard.sizes[sample])
         try:
-            data = os.pread(self._open(shard), size, int(shard.offsets[sample]))
+            file = self._open(shard, alive)
+            if file is None:
+                patience = self._reading.patience
+                return remote.read_range(shard.location, offset, size, size=shard.tar_size, patience=patience)
+            data = os.pread(file, size, offset)
         except OSError as error:
             raise UserError(
                 f"shard {shard.location}",
@@ -42,21 +65,43 @@ class ShardReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _open(self, shard: ShardIndex) -> int:
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Reading]]:
+        return ShardReader, (self._reading,)
+
+    def _open(self, shard: ShardIndex, alive: Callable[[], None]) -> int | None:
+        """A file to read from, kept open; None: the shard is remote and has no room in the cache."""
         path = shard.location
         file = self._files.get(path)
         if file is not None:
             self._files.move_to_end(path)
             return file
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        size = os.fstat(file).st_size
-        if size != shard.tar_size:
-            os.close(file)
-            raise _changed(shard, f"it has {size} bytes where its index says {shard.tar_size}")
+        file = self._open_remote(shard, alive) if remote.is_remote(path) else _open_local(shard)
+        if file is None:
+            return None
         if len(self._files) >= _OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         self._files[path] = file
         return file
+
+    def _open_remote(self, shard: ShardIndex, alive: Callable[[], None]) -> int | None:
+        alive()  # its index may have been fetched just now
+        if self._reading.cache_bytes == 0:
+            return None
+        if self._cache is None:
+            self._cache = ShardCache(self._reading, self._tell)
+        # What was evicted takes its space until it is closed.
+        for path in [path for path, file in self._files.items() if os.fstat(file).st_nlink == 0]:
+            os.close(self._files.pop(path))
+        return self._cache.open(shard, alive)
+
+
+def _open_local(shard: ShardIndex) -> int:
+    file = os.open(shard.location, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    size = os.fstat(file).st_size
+    if size != shard.tar_size:
+        os.close(file)
+        raise _changed(shard, f"it has {size} bytes where its index says {shard.tar_size}")
+    return file
 
 
 def _changed(shard: ShardIndex, how: str) -> UserError:
@@ -65,11 +110,3 @@ def _changed(shard: ShardIndex, how: str) -> UserError:
         f"{how}: truncated or changed since it was indexed",
         f"copy it again, or `seer shards index {shard.location}` if the change was meant",
     )
-
-
-_reader = ShardReader()
-
-
-def read_sample(shard: ShardIndex, sample: int) -> bytes:
-    """`ShardReader.read` of this process's reader (positioned reads: a fork may share the open files)."""
-    return _reader.read(shard, sample)

@@ -20,6 +20,7 @@ from torch import Tensor
 from seer.data.assembly import BadSample, BatchAssembler
 from seer.data.crops import CropSpec
 from seer.data.decode import DEFAULT_LIMITS, ImageLimits
+from seer.data.fetching import Fetcher, briefing_of
 from seer.data.mixture import SourceShare, order_of
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.pool import DEADLINE_SECONDS, BatchPool
@@ -110,11 +111,12 @@ class DataStream:
         order = order_of(
             shards.counts, sources, seed=seed, global_batch_size=global_batch_size, lanes=lanes, window=window
         )
+        slots = np.arange(rank * images, (rank + 1) * images, dtype=np.int64)
         assembler = BatchAssembler(
             shards,
             order,
             seed=seed,
-            slots=np.arange(rank * images, (rank + 1) * images, dtype=np.int64),
+            slots=slots,
             specs=crops,
             flip_probability=flip_probability,
             photometric=photometric,
@@ -123,7 +125,9 @@ class DataStream:
         self.batches_per_epoch, self.samples = order.batches_per_epoch, order.samples
         self._shards, self._assembler = shards, assembler
         self._workers, self._deadline_seconds = workers, deadline_seconds
+        self._briefing = briefing_of(shards.listed, order, slots, shards.reading, tells=rank == 0)
         self._pool: BatchPool | None = None
+        self._fetcher: Fetcher | None = None
         self._running: Generator[Batch, None, None] | None = None
         self.shards = int((order.counts > 0).sum())
         self._identity: dict[str, int | str | float | list[object]] = {
@@ -208,6 +212,9 @@ class DataStream:
             UserError: a shard is gone, truncated or changed, its images cannot be decoded, or workers keep dying.
         """
         self.close()
+        if self._briefing is not None:
+            self._fetcher = Fetcher(self._briefing, batch_index)
+        atexit.register(self.close)
         self._pool = BatchPool(
             self._assembler,
             workers=self._workers,
@@ -215,8 +222,7 @@ class DataStream:
             may_fork=not torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
             deadline_seconds=self._deadline_seconds,
         )
-        atexit.register(self.close)
-        self._running = _batches(self._pool)
+        self._running = _batches(self._pool, self._fetcher)
         return self._running
 
     def close(self) -> None:
@@ -226,13 +232,17 @@ class DataStream:
             self._running.close()
         if self._pool is not None:
             self._pool.close()
-        self._running = self._pool = None
+        if self._fetcher is not None:
+            self._fetcher.close()
+        self._running = self._pool = self._fetcher = None
 
 
-def _batches(pool: BatchPool) -> Generator[Batch, None, None]:
+def _batches(pool: BatchPool, fetcher: Fetcher | None) -> Generator[Batch, None, None]:
     with closing(pool):
         while True:
             made = pool.next()
+            if fetcher is not None:
+                fetcher.at(made.batch_index + 1)
             yield Batch(
                 [torch.from_numpy(pixels) for pixels in made.crops],
                 [torch.from_numpy(rows) for rows in made.photometric],

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from seer.data.crops import MEAN, STD, evaluation_crop
 from seer.data.decode import DEFAULT_LIMITS, BadImage, ImageLimits, decode
-from seer.data.sources import read_sample
+from seer.data.shard_cache import say
+from seer.data.sources import ShardReader
 from seer.errors import UserError
 from seer.shard_index import ShardIndex
 from seer.shard_list import ShardList
@@ -117,13 +118,14 @@ def labelled_crops(
     share = slice(rank * images // ranks, (rank + 1) * images // ranks)
     shard_numbers, samples, labels = shard_numbers[share], samples[share], labels[share]
     found, bad = 0, Counter[str]()
-    with ThreadPoolExecutor(threads or _cores(), "seer-decode") as pool:
+    reader = ShardReader(shards.reading, say if rank == 0 else None)
+    with contextlib.closing(reader), ThreadPoolExecutor(threads or _cores(), "seer-decode") as pool:
 
         def ask(start: int) -> list[Future[NDArray[np.uint8] | str]]:
             part = slice(start, start + batch_size)
             # Bytes are read here, in order; only decoding is shared out.
             places = zip(shard_numbers[part], samples[part], strict=True)
-            data = (_read(shards[int(shard)], sample, limits) for shard, sample in places)
+            data = (_read(reader, shards[int(shard)], sample, limits) for shard, sample in places)
             return [pool.submit(_crop, image, image_size, limits) for image in data]
 
         asked = ask(0)
@@ -269,13 +271,13 @@ def _cores() -> int:
     return min(8, cores)
 
 
-def _read(shard: ShardIndex, sample: int, limits: ImageLimits) -> bytes | str:
+def _read(reader: ShardReader, shard: ShardIndex, sample: int, limits: ImageLimits) -> bytes | str:
     """The file, or why it is not read."""
     try:
         limits.refuse_bytes(int(shard.sizes[sample]))
     except BadImage as error:
         return error.reason
-    return read_sample(shard, sample)
+    return reader.read(shard, sample)
 
 
 def _crop(data: bytes | str, size: int, limits: ImageLimits) -> NDArray[np.uint8] | str:

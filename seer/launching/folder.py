@@ -25,6 +25,7 @@ import yaml
 import seer
 from seer.compose import conf_folder
 from seer.config import TrainConfig, freeze
+from seer.errors import UserError, shown
 from seer.files import cannot_write, write_atomically
 from seer.run_directory import launch_folder_of
 from seer.run_lock import RunLock
@@ -155,9 +156,19 @@ class LaunchFolder:
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
-    """The same configuration with paths and patterns that mean the same from any folder."""
+    """The same configuration with paths and patterns that mean the same from any folder.
+
+    Raises:
+        UserError: an address that holds a secret.
+    """
 
     def path(text: str) -> str:
+        if shown(text) != text:
+            raise UserError(
+                f"{text} holds a password or a signature",
+                "seer launch writes the configuration into a file",
+                "give credentials in the environment or ~/.netrc, or use `seer train`",
+            )
         # Not os.path.abspath, which would tidy up patterns; a ~ that is no file's name is the home folder.
         home = text if "://" in text or os.path.exists(text) else os.path.expanduser(text)
         return home if "://" in home else os.path.join(os.getcwd(), home)
@@ -171,6 +182,7 @@ def absolute(config: TrainConfig) -> TrainConfig:
             shards=[path(pattern) if pattern else "" for pattern in data.shards],
             mixture=[str(source._replace(pattern=path(source.pattern))) for source in read_sources(data.mixture)],
             index_dir=path(data.index_dir) if data.index_dir else data.index_dir,
+            cache_dir=path(data.cache_dir) if data.cache_dir else data.cache_dir,
         ),
         evaluation=dataclasses.replace(
             evaluation,

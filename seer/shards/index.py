@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from seer import shard_manifest
+from seer import remote, shard_manifest
 from seer.errors import UserError
 from seer.shard_index import ShardIndex, index_path, load_index, save_index
 from seer.shard_patterns import expand_shards
 from seer.shards.processes import Progress, each, silent
+from seer.shards.remote_tars import as_file, size_of
 from seer.shards.tar import DamagedTar, Member, members
 
 # Chosen by name alone: looking into every file would cost a read, and data workers meet what is no image anyway.
@@ -144,11 +145,13 @@ class Indexed:
     oddities: Oddities
 
 
-def _is_valid(tar: Path, index_dir: Path | None) -> bool:
-    """Whether there is an index that was made after the tar was last changed and that fits its size."""
+def _is_valid(tar: str, size: int, index_dir: Path | None) -> bool:
+    """Whether there is an index that fits the tar's size and, of a file, was made after its last change."""
     try:
-        load_index(tar, index_dir)
-        return index_path(tar, index_dir).stat().st_mtime_ns >= tar.stat().st_mtime_ns
+        index = load_index(tar, index_dir)
+        if remote.is_remote(tar):
+            return index.tar_size == size
+        return index_path(tar, index_dir).stat().st_mtime_ns >= os.stat(tar).st_mtime_ns
     except (UserError, OSError):
         return False
 
@@ -164,10 +167,12 @@ def chosen(index: ShardIndex, offsets: NDArray[np.uint64]) -> tuple[ShardIndex, 
     return replace(index, offsets=rows[0], sizes=rows[1], labels=rows[2], digest=digest), left_out
 
 
-def _make(job: tuple[Path, Path | None, NDArray[np.uint64] | None]) -> tuple[ShardIndex, Oddities] | DamagedTar:
+def _make(job: tuple[str, Path | None, NDArray[np.uint64] | None]) -> tuple[ShardIndex, Oddities] | DamagedTar:
     tar, index_dir, only = job
     try:
-        index, oddities = index_tar(tar)
+        with as_file(tar) as file:
+            index, oddities = index_tar(file)
+        index = replace(index, location=tar)
         if only is not None:
             index, left_out = chosen(index, only)
             oddities += left_out
@@ -215,7 +220,7 @@ def index(
 
     Args:
         patterns: see `seer.shard_patterns.expand_shards`.
-        index_dir: where the indexes go; None: beside the tars.
+        index_dir: where the indexes go; None: beside the tars. Remote tars need it; each is fetched once.
         only: of each tar the offsets of the members that may be taken (all indexes are then made anew); None: all.
         workers: processes.
         progress: called with bytes done and bytes in all.
@@ -224,15 +229,17 @@ def index(
         UserError: nothing matches, a tar is compressed, an index or a manifest cannot be written, a tar cannot be read.
         DamagedTar: after all other tars were indexed.
     """
-    tars = [Path(tar) for tar in expand_shards(patterns)]
+    tars = expand_shards(patterns)
+    if index_dir is None:
+        _refuse_remote(tars)
     if index_dir is not None:
         _refuse_equal_names(tars)
         make_folder(index_dir)
-    left = [tar for tar in tars if only is not None or not _is_valid(tar, index_dir)]
-    sizes = {tar: _size(tar) for tar in left}
-    done, total = 0, sum(sizes.values())
+    sizes = {tar: size_of(tar) for tar in tars}
+    left = [tar for tar in tars if only is not None or not _is_valid(tar, sizes[tar], index_dir)]
+    done, total = 0, sum(sizes[tar] for tar in left)
     oddities, damaged = Oddities(), list[DamagedTar]()
-    jobs = [(tar, index_dir, None if only is None else only[tar]) for tar in left]
+    jobs = [(tar, index_dir, None if only is None else only[Path(tar)]) for tar in left]
     for (tar, _, _), result in each(_make, jobs, workers):
         if isinstance(result, DamagedTar):
             damaged.append(result)
@@ -240,7 +247,7 @@ def index(
             oddities += result[1]
         done += sizes[tar]
         progress(done, total)
-    broken = {error.path for error in damaged}
+    broken = {str(error.path) for error in damaged}
     shards = [load_index(tar, index_dir) for tar in tars if tar not in broken]
     _write_manifests(shards, index_dir)
     if damaged:
@@ -250,17 +257,17 @@ def index(
     return Indexed(shards, len(tars) - len(left), oddities)
 
 
-def _size(tar: Path) -> int:
-    try:
-        return tar.stat().st_size
-    except OSError as error:
-        raise UserError(f"{tar} cannot be read ({error.strerror})", "a shard is a tar file", "check the path") from None
-
-
-def _refuse_equal_names(tars: Sequence[Path]) -> None:
-    seen: dict[str, Path] = {}
+def _refuse_remote(tars: Sequence[str]) -> None:
     for tar in tars:
-        other = seen.setdefault(tar.name, tar)
+        if remote.is_remote(tar):
+            rule = "indexes are written into a folder here"
+            raise UserError(f"{tar} is remote", rule, "give --index-dir DIR, and data.index_dir=DIR when training")
+
+
+def _refuse_equal_names(tars: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for tar in tars:
+        other = seen.setdefault(remote.file_name(tar), tar)
         if other != tar:
             rule = "one folder of indexes holds one index a name"
             raise UserError(f"{other} and {tar} have one name", rule, "give each folder its own --index-dir")

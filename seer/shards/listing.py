@@ -203,6 +203,9 @@ def _expanded(inputs: Sequence[Path]) -> list[Path]:
     expanded: list[Path] = []
     for file in inputs:
         text = str(file)
+        scheme, colon, _ = text.partition(":/")  # as a path it has lost a slash
+        if colon and scheme.isalnum() and not os.path.exists(text):
+            raise UserError(f"{scheme}:// is no folder", "packing reads files", "copy them here, or mount them")
         if os.path.exists(text) or not (has_magic(text) or "{" in text):
             expanded.append(Path(os.path.abspath(text)))
         else:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from seer import shard_manifest
+from seer import remote, shard_manifest
 from seer.errors import UserError
 from seer.keyed_random import uniforms
 from seer.shard_index import ShardIndex, load_index
@@ -114,7 +114,7 @@ class Shards:
     """
 
     def __init__(self, patterns: Sequence[str], index_dir: Path | None = None) -> None:
-        self.tars = [Path(tar) for tar in expand_shards(patterns)]
+        self.tars = expand_shards(patterns)
         self._index_dir = index_dir
         self.tar_bytes, self.image_bytes = 0, 0
         counts, labels = [], np.zeros(0, np.int64)
@@ -152,7 +152,9 @@ class Shards:
             drawn = list(dict.fromkeys((draws * self.images).astype(np.int64).tolist()))[:count]
         found: dict[int, Picked] = {}
         for index, places, samples in self.at(np.sort(np.array(drawn, np.int64))):
-            datas = _read(index.location, index.offsets[samples].tolist(), index.sizes[samples].tolist())
+            datas = _read(
+                index.location, index.tar_size, index.offsets[samples].tolist(), index.sizes[samples].tolist()
+            )
             for place, label, data in zip(places.tolist(), index.labels[samples].tolist(), datas, strict=True):
                 found[place] = Picked(data, class_name(self.classes, label))
         return [found[place] for place in drawn]
@@ -163,15 +165,20 @@ def class_name(classes: Sequence[str], label: int) -> str:
     return "" if label < 0 else classes[label] if label < len(classes) else str(label)
 
 
-def _classes(tars: Sequence[Path]) -> list[str]:
+def _classes(tars: Sequence[str]) -> list[str]:
     """The names on which the manifests of all folders agree, else none."""
     lists = [
-        (shard_manifest.read(folder) or {}).get("classes") or [] for folder in sorted({tar.parent for tar in tars})
+        (shard_manifest.read(folder) or {}).get("classes") or []
+        for folder in sorted({shard_manifest.folder_of(tar) for tar in tars})
     ]
     return [str(name) for name in lists[0]] if all(names == lists[0] for names in lists) else []
 
 
-def _read(tar: str, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[bytes]:
+def _read(tar: str, tar_size: int, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[bytes]:
+    if remote.is_remote(tar):
+        for offset, size in zip(offsets, sizes, strict=True):
+            yield remote.read_range(tar, offset, size, size=tar_size, patience=remote.PATIENCE)
+        return
     try:
         with open(tar, "rb", buffering=0) as file:
             for offset, size in zip(offsets, sizes, strict=True):
@@ -188,6 +195,7 @@ class _Chunk:
     """The job of one process: some images of one tar."""
 
     tar: str
+    tar_size: int
     offsets: list[int]
     sizes: list[int]
     open_image: OpenImage
@@ -197,7 +205,7 @@ _Row = tuple[str, str, int, int, int]  # format, reason or "", width, height, by
 
 
 def _examine(chunk: _Chunk) -> list[_Row]:
-    return [_row(data, chunk.open_image) for data in _read(chunk.tar, chunk.offsets, chunk.sizes)]
+    return [_row(data, chunk.open_image) for data in _read(chunk.tar, chunk.tar_size, chunk.offsets, chunk.sizes)]
 
 
 def _row(data: bytes, open_image: OpenImage) -> _Row:
@@ -239,6 +247,7 @@ def stats(
     jobs = [
         _Chunk(
             index.location,
+            index.tar_size,
             index.offsets[samples[start : start + _CHUNK]].tolist(),
             index.sizes[samples[start : start + _CHUNK]].tolist(),
             open_image,

@@ -42,11 +42,11 @@ class DamagedTar(UserError):
         why: what it met.
     """
 
-    def __init__(self, path: Path, offset: int, why: str) -> None:
+    def __init__(self, path: str | Path, offset: int, why: str) -> None:
         self.path, self.offset, self.why = path, offset, why
         super().__init__(f"{path} is damaged at byte {offset}", why, "copy the tar again or make it anew")
 
-    def __reduce__(self) -> tuple[type, tuple[Path, int, str]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type, tuple[str | Path, int, str]]:  # type: ignore[override]
         return type(self), (self.path, self.offset, self.why)
 
 

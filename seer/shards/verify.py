@@ -8,19 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from seer import shard_manifest
-from seer.errors import UserError
-from seer.shard_index import index_path, load_index
+from seer import remote, shard_manifest
+from seer.errors import UserError, shown
+from seer.shard_index import index_location, load_index
 from seer.shard_patterns import expand_shards
 from seer.shards.index import chosen, index_tar
 from seer.shards.processes import Progress, each, silent
+from seer.shards.remote_tars import as_file, size_of
 
 
 @dataclass(frozen=True)
 class Finding:
     """A tar that is not what it should be, and in which way."""
 
-    tar: Path
+    tar: str
     problem: str
 
 
@@ -41,19 +42,20 @@ def verify(
     Raises:
         UserError: nothing matches.
     """
-    tars = [Path(tar) for tar in expand_shards(patterns)]
-    done, total = 0, sum(tar.stat().st_size for tar in tars)
+    tars = expand_shards(patterns)
+    sizes = {tar: size_of(tar) for tar in tars}
+    done, total = 0, sum(sizes.values())
     findings = []
     for (tar, _), problem in each(_problem, [(tar, index_dir) for tar in tars], workers):
         if problem is not None:
             findings.append(Finding(tar, problem))
-        done += tar.stat().st_size
+        done += sizes[tar]
         progress(done, total)
     findings += _missing(tars, index_dir)
-    return sorted(findings, key=lambda finding: str(finding.tar)), len(tars)
+    return sorted(findings, key=lambda finding: finding.tar), len(tars)
 
 
-def _problem(job: tuple[Path, Path | None]) -> str | None:
+def _problem(job: tuple[str, Path | None]) -> str | None:
     tar, index_dir = job
     problem = None
     try:
@@ -62,13 +64,15 @@ def _problem(job: tuple[Path, Path | None]) -> str | None:
         # Where the tar itself is damaged its own message says more.
         problem, known = str(error), None
     try:
-        seen, _ = index_tar(tar)
+        with as_file(tar) as file:
+            seen, _ = index_tar(file)
     except UserError as error:
         return str(error)
     if known is None:
         return problem
     if seen.digest != known.tar_digest:
-        return f"{tar} is altered: its headers are sound but not all bytes are those that were indexed; copy it again"
+        seen_as = "its headers are sound but not all bytes are those that were indexed"
+        return f"{shown(tar)} is altered: {seen_as}; copy it again"
     if known.digest != known.tar_digest:
         seen, _ = chosen(seen, known.offsets)
     same = seen.digest == known.digest and all(
@@ -77,18 +81,18 @@ def _problem(job: tuple[Path, Path | None]) -> str | None:
     )
     if same:
         return None
-    return f"{index_path(tar, index_dir)} does not fit its tar; run: seer shards index '{tar}'"
+    return shown(f"{index_location(tar, index_dir)} does not fit its tar; run: seer shards index {tar}")
 
 
-def _missing(tars: Sequence[Path], index_dir: Path | None) -> list[Finding]:
+def _missing(tars: Sequence[str], index_dir: Path | None) -> list[Finding]:
     """Shards that a folder's manifest lists but that are not there (only folders of the tars that were named)."""
     findings = []
     if index_dir is None:
-        for folder in {tar.parent for tar in tars}:
+        for folder in {Path(tar).parent for tar in tars if not remote.is_remote(tar)}:
             for shard in (shard_manifest.read(folder) or {}).get("shards", []):
                 tar = folder / shard["name"]
                 if not tar.exists():
                     findings.append(
-                        Finding(tar, f"{tar} is missing: {folder / shard_manifest.NAME} lists it; bring it back")
+                        Finding(str(tar), f"{tar} is missing: {folder / shard_manifest.NAME} lists it; bring it back")
                     )
     return findings

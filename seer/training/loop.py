@@ -16,7 +16,7 @@ from seer.checkpoint.store import CheckpointStore
 from seer.config import TrainConfig, freeze
 from seer.data.stream import DataStream, QuarantinedSample
 from seer.data.transfer import on_device
-from seer.derived import Resolved, resolve, resolve_order
+from seer.derived import Resolved, reading, resolve, resolve_order
 from seer.errors import EXIT_STOPPED, UserError
 from seer.evaluation.online import OnlineEvaluation
 from seer.handoff.timm_format import export_timm, load_exported
@@ -219,8 +219,8 @@ def _evaluation(config: TrainConfig) -> OnlineEvaluation | None:
     if not settings.every_steps:
         return None
     return OnlineEvaluation(
-        ShardList.open(settings.train),
-        ShardList.open(settings.val),
+        ShardList.open(settings.train, reading=reading(config.data)),
+        ShardList.open(settings.val, reading=reading(config.data)),
         every_steps=settings.every_steps,
         image_size=config.data.large.size,
         limits=build.image_limits(config.data),

@@ -143,3 +143,16 @@ def test_golden_ids() -> None:
 
 
 GOLDEN_9 = [175, 48, 46, 40, 176, 44, 43, 70, 60, 73, 57, 64]
+
+
+def test_windows_of_a_mixture_name_the_shards_of_each_source() -> None:
+    sources = [SourceShare("one", 3, 4), SourceShare("two", 1, 2)]
+    order = MixedOrder([40, 30, 0, 50, 20, 20], sources, seed=1, global_batch_size=16, lanes=2, window=24)
+    slots = np.arange(8, 16)
+    known = set(range(6))
+    for batch in range(40):
+        used = set(order.positions(batch, slots)[0].tolist())
+        now, later = (set(shards.tolist()) for shards in order.windows(batch, slots))
+        assert used <= now and used <= known
+        assert now & {0, 1, 3} and now & {4, 5} and 2 not in now | later
+        known = now | later

@@ -240,3 +240,44 @@ GOLDEN_SMALL_0 = [65, 67, 90, 96, 8, 1, 34, 29]
 GOLDEN_SMALL_40 = [92, 96, 2, 4, 34, 29, 59, 65]
 GOLDEN_LARGE_0 = [7874, 7678, 15549, 15296, 29847, 29482]
 GOLDEN_LARGE_1000 = [24904, 24922, 1088, 2024, 16987, 17141]
+
+
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    lanes=st.integers(1, 4),
+    lane_slots=st.integers(1, 5),
+    window=st.none() | st.integers(1, 60),
+    seed=st.integers(0, 2**40),
+    start=st.integers(0, 60),
+)
+@settings(max_examples=150, deadline=None)
+def test_windows_name_the_shards_of_each_batch_before_it_comes(
+    counts: list[int], lanes: int, lane_slots: int, window: int | None, seed: int, start: int
+) -> None:
+    batch = lanes * lane_slots
+    if sum(counts) < batch:
+        return
+    order = ShardOrder(counts, seed=seed, global_batch_size=batch, lanes=lanes, window=window)
+    slots = np.arange(batch // 2, batch)  # of the upper lanes
+    known: set[int] = set()
+    for number in range(start, start + 20):
+        used = set(order.positions(number, slots)[0].tolist())
+        now, later = (set(shards.tolist()) for shards in order.windows(number, slots))
+        assert used <= now
+        # A window shorter than a batch is passed within one.
+        assert number == start or used <= known or order._window < 2 * lane_slots
+        assert all(counts[shard] for shard in now | later)
+        known = now | later
+
+
+def test_windows_name_no_more_than_they_need() -> None:
+    order = ShardOrder([100] * 64, seed=3, global_batch_size=64, lanes=8, window=200)
+    for batch in range(3 * order.batches_per_epoch):
+        for rank in range(4):
+            slots = np.arange(16 * rank, 16 * rank + 16)
+            now, later = order.windows(batch, slots)
+            # A window of two lanes is 2 x 200 samples, in at most 2 x 3 shards of 100.
+            assert len(now) <= 6 * 2 and len(later) <= 6
+            assert len(np.unique(now)) == len(now) and len(np.unique(later)) == len(later)
+    whole = ShardOrder([100, 0, 50], seed=3, global_batch_size=10)
+    assert [sorted(shards.tolist()) for shards in whole.windows(4, np.arange(5))] == [[0, 2], [0, 2]]

@@ -28,7 +28,7 @@ from seer.data.crops import CropSpec, evaluation_crop
 from seer.data.decode import ImageLimits, decode
 from seer.data.mixture import SourceShare
 from seer.data.photometric_parameters import COLUMNS, PhotometricSpec
-from seer.data.sources import ShardReader, read_sample
+from seer.data.sources import ShardReader
 from seer.data.stream import BadSample, Batch, DataStream
 from seer.errors import UserError
 from seer.shard_index import ShardIndex
@@ -276,11 +276,12 @@ def test_images_beyond_the_limits_are_replaced_and_too_large_files_are_not_read(
     assert (sizes == largest).sum() == 1
     read: list[int] = []
 
-    def reading(shard: ShardIndex, sample: int) -> bytes:
+    def reading(reader: ShardReader, shard: ShardIndex, sample: int, alive: Callable[[], None]) -> bytes:
         read.append(sample)
-        return read_sample(shard, sample)
+        return read_of(reader, shard, sample, alive)
 
-    monkeypatch.setattr("seer.data.assembly.read_sample", reading)
+    read_of = ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", reading)
     (batch,) = take(open_stream(shards, limits=ImageLimits(max_bytes=largest - 1)), 0, 1)
     assert [(bad.sample, bad.reason) for bad in batch.bad] == [(int(sizes.argmax()), "too_many_bytes")]
     assert int(sizes.argmax()) not in read and len(read) == 6
@@ -378,7 +379,7 @@ def test_identity_names_what_changes_batches_and_nothing_else(shards: ShardList,
 
 
 def test_samples_are_read_for_evaluation_too(shards: ShardList) -> None:
-    data = read_sample(shards[3], 4)
+    data = ShardReader().read(shards[3], 4)
     assert data == picture(304)
     assert evaluation_crop(decode(data), 16).shape == (16, 16, 3)
 

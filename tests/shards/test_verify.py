@@ -26,8 +26,8 @@ def shards(tmp_path: Path) -> Path:
 def problems(folder: Path) -> list[str]:
     findings, tars = verify([f"{folder}/*.tar"])
     assert tars == len(list(folder.glob("*.tar")))
-    assert all(str(finding.tar) in finding.problem for finding in findings)
-    return [f"{finding.tar.name}: {finding.problem}" for finding in findings]
+    assert all(finding.tar in finding.problem for finding in findings)
+    return [f"{Path(finding.tar).name}: {finding.problem}" for finding in findings]
 
 
 def flip(tar: Path, at: int) -> None:

@@ -17,6 +17,7 @@ from seer.checkpoint.store import CheckpointStore
 from seer.data import assembly
 from seer.data.order import ShardOrder
 from seer.data.pool import BatchPool
+from seer.data.sources import ShardReader
 from seer.shard_list import ShardList
 from seer.training import loop
 
@@ -40,13 +41,13 @@ def met_in(shards: str, batch: int, slot: int) -> tuple[str, str, int]:
 
 def train(run: str, shards: str, victim: Victim, workers: int, stop_after: int | None) -> tuple[int, int]:
     """A run in which every process that opens one of the samples dies; how it ended, and deaths on this rank."""
-    step, start, read, opened = loop.train_step, BatchPool._start, assembly.read_sample, assembly.open_image
+    step, start, read, opened = loop.train_step, BatchPool._start, ShardReader.read, assembly.open_image
     deaths: list[int] = []
     at: list[Victim] = []
 
-    def noted(shard: Any, sample: int) -> bytes:
+    def noted(reader: ShardReader, shard: Any, sample: int, *more: Any) -> bytes:
         at[:] = [(shard.name, sample)]
-        return read(shard, sample)
+        return read(reader, shard, sample, *more)
 
     def deadly(*arguments: Any) -> Any:
         if at == [victim]:
@@ -60,14 +61,14 @@ def train(run: str, shards: str, victim: Victim, workers: int, stop_after: int |
             more["requests"] = (True, False)
         return step(state, *args, **more)
 
-    loop.train_step, assembly.read_sample, assembly.open_image = taken, noted, deadly  # type: ignore[assignment]
+    loop.train_step, ShardReader.read, assembly.open_image = taken, noted, deadly  # type: ignore[assignment, method-assign]
     BatchPool._start = lambda pool, number, fork: start(pool, number, fork=True)  # type: ignore[method-assign]
     try:
         more = (f"train.steps={STEPS}", f"data.workers={workers}", "data.max_bad_share=1")
         config = tiny_config(Path(run), shards, *NARROW, *more)
         return loop.run(config).exit_code, deaths[-1]
     finally:
-        loop.train_step, assembly.read_sample, assembly.open_image = step, read, opened
+        loop.train_step, ShardReader.read, assembly.open_image = step, read, opened
         BatchPool._start = start  # type: ignore[method-assign]
 
 
