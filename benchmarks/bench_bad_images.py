@@ -27,7 +27,7 @@ from PIL import Image
 from seer.compose import compose
 from seer.data.assembly import BatchAssembler
 from seer.data.crops import CropSpec
-from seer.data.order import ShardOrder
+from seer.data.growth import GrowingOrder
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.shard_index import ShardIndex, index_path, save_index
 from seer.shard_list import ShardList
@@ -64,7 +64,7 @@ def assembler(folder: Path, name: str, images: list[bytes]) -> BatchAssembler:
     digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     shard = ShardIndex(str(path), offsets, sizes, labels, int(sizes.sum()), digest)
     save_index(shard, index_path(path))
-    order = ShardOrder(np.array([len(images)]), seed=0, global_batch_size=_BATCH)
+    order = GrowingOrder(np.array([len(images)]), seed=0, global_batch_size=_BATCH)
     return BatchAssembler(
         ShardList([shard]),
         order,

@@ -182,7 +182,7 @@ def open_watch(config: TrainConfig, state: TrainState, open_files: ExitStack) ->
         chance=chance,
         log_every_steps=1,
         global_batch_size=config.train.global_batch_size,
-        batches_per_epoch=1000,
+        epochs=lambda step: step / 1000,
         progress=Progress(config.train.steps, chance, lines),
     )
     open_files.callback(watch.close)

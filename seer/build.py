@@ -19,7 +19,8 @@ from seer.backbones.regnet import FAMILY, RegNetShape, RegNetY, regnet_shape
 from seer.config import CropConfig, DataConfig, TrainConfig
 from seer.data.crops import CropSpec
 from seer.data.decode import ImageLimits
-from seer.data.mixture import open_shards
+from seer.data.history import History
+from seer.data.mixture import SourceShare, open_shards
 from seer.data.photometric import photometric
 from seer.data.photometric_masked import compiled_photometric
 from seer.data.photometric_parameters import PhotometricSpec
@@ -35,6 +36,7 @@ from seer.optim.schedules import WarmupCosine
 from seer.parallel import strategies
 from seer.parallel.sync_batchnorm import synchronise_batchnorms
 from seer.rank_environment import first_of_machine, rank_environment
+from seer.shard_list import ShardList
 
 Optimizer = LARC | MaskedAdamW
 
@@ -323,15 +325,40 @@ def image_limits(data: DataConfig) -> ImageLimits:
     )
 
 
-def stream(config: TrainConfig, *, workers: int) -> DataStream:
-    """The stream of batches over the configured shards."""
+def shards(config: TrainConfig) -> tuple[ShardList, list[SourceShare]]:
+    """The configured shards as they are now, and the sources that are mixed (none where they are not)."""
     index_dir = config.data.index_dir
-    shards, sources = open_shards(
+    return open_shards(
         config.data.shards, config.data.mixture, Path(index_dir) if index_dir else None, reading(config.data)
     )
-    mixing = resolve_order(config, samples=shards.samples, shards=int((shards.counts > 0).sum()))
+
+
+def order(config: TrainConfig, history: History) -> dict[str, Resolved]:
+    """How images are mixed (`resolve_order`): that follows from the shards that the run began with."""
+    counts = [shard.samples for of_source in history.began_with().values() for shard in of_source]
+    return resolve_order(config, samples=sum(counts), shards=sum(count > 0 for count in counts))
+
+
+def stream(
+    config: TrainConfig,
+    *,
+    workers: int,
+    opened: tuple[ShardList, list[SourceShare]] | None = None,
+    history: History | None = None,
+) -> DataStream:
+    """The stream of batches over the configured shards.
+
+    Args:
+        config: composed and validated.
+        workers: processes that decode and crop.
+        opened: what `shards` gave; None: they are opened here.
+        history: since when each shard is among them; None: always.
+    """
+    listed, sources = opened or shards(config)
+    history = history or History.beginning(listed, sources)
+    mixing = order(config, history)
     return DataStream(
-        shards,
+        listed,
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
         crops=crop_specs(config.data),
@@ -342,6 +369,7 @@ def stream(config: TrainConfig, *, workers: int) -> DataStream:
         lanes=mixing["data.lanes"].value,
         window=mixing["data.window_images"].value or None,
         sources=sources,
+        history=history,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )

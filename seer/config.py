@@ -82,6 +82,8 @@ class DataConfig:
     """Tar shards: patterns with *, ?, [0-9], {000..127}. `seer shards pack` makes them and their indexes."""
     mixture: list[str] = field(default_factory=list)
     """Instead of shards, several sources in fixed shares of every batch: NAME WEIGHT PATTERN each."""
+    allow_growth: bool = False
+    """Whether a run may go on with more shards than before: the new ones join at the next epoch."""
     index_dir: str | None = None
     """Folder that holds the indexes of shards whose own folder cannot be written; default: beside the tar."""
     cache_dir: str | None = None

@@ -24,7 +24,7 @@ _IDENTITY = (
     "parallel.sync_batchnorm",
 )
 _FREE = (
-    *("data.workers", "data.index_dir", "data.max_bad_share"),
+    *("data.workers", "data.index_dir", "data.max_bad_share", "data.allow_growth"),
     *("data.cache_dir", "data.cache_gb", "data.io_timeout_seconds"),
 )
 # What these mean for the batches stands in the data's identity: where that is known, their spelling does not matter.
@@ -35,6 +35,9 @@ _DATA_NAMES = {
     "data: window: epoch": "data.window_images: 0",
     "data: window": "data.window_images",
 }
+_LET_JOIN = (
+    "; for new ones to join (data.allow_growth=true), go on once with the former shards, which are then recorded"
+)
 _ABSENT = "(not given)"
 
 
@@ -69,16 +72,20 @@ def agree_or_raise(
         and old.get(key, _ABSENT) != new.get(key, _ABSENT)
         # Earlier versions did not record it; data.limits.* bind by themselves.
         and not (key == "data: limits" and key not in old)
+        # What joined later is for the run's history to judge (seer.data.history); index_digest is of the beginning.
+        and key != "data: joined"
     ]
     # What the batches are made of follows from the configuration: it is named only where the shards themselves changed.
     named = [line for line in differing if not line.startswith("data: ")]
+    # Where the run recorded its shards, its history has named those that differ.
+    unlisted = not named and [line.partition(":")[2].split(":")[0] for line in differing] == [" index_digest"]
     differing = named or [_named(line) for line in differing]
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UserError(
             f"{folder} holds a run of another configuration ({', '.join(differing[:5])}{more})",
             "a run goes on with the values it began with",
-            "use those, name another run_dir, or delete the folder",
+            "use those, name another run_dir, or delete the folder" + _LET_JOIN * unlisted,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +22,7 @@ from seer.run_agreement import agree_or_raise
 from seer.run_lock import RunLock, in_use
 
 _CONFIG = "config.yaml"
+_SHARDS = "shards.json"
 _LOCK = "run.lock"
 _LAUNCH = "launch"  # what `seer launch` keeps: it is there before the run is
 _HEAD = """\
@@ -38,29 +39,19 @@ class RunDirectory:
         config: the configuration as frozen in ``config.yaml``.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], lock: RunLock | None) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], lock: RunLock | None, made: Sequence[Path] = ()) -> None:
         self.folder = folder
         self.config = config
         self._lock = lock
+        self._made = made
 
     @classmethod
-    def open(
-        cls,
-        run_dir: str | Path,
-        config: Mapping[str, Any],
-        *,
-        resolved: Mapping[str, Any] | None = None,
-        data: Mapping[str, Any] | None = None,
-        take_over: bool = False,
-    ) -> RunDirectory:
-        """Create the run's folder or go on in it, and lock it.
+    def open(cls, run_dir: str | Path, config: Mapping[str, Any], *, take_over: bool = False) -> RunDirectory:
+        """Lock the run's folder, to begin or to go on in it; only ``record`` writes what it is.
 
         Args:
-            run_dir: the folder; its parents are made as needed.
+            run_dir: the folder; its parents are made as needed, and removed by ``close`` if nothing was recorded.
             config: the composed configuration, plain dictionaries, lists, strings and numbers.
-            resolved: what was derived from it: key -> something with ``value`` and ``reason``.
-            data: what the batches are made of (``DataStream.identity()``). Where the run recorded it too, it must
-                agree, and ``data.shards`` may then be spelt differently: a moved folder holds the same data.
             take_over: go on although a process on another machine holds the run.
 
         Raises:
@@ -75,16 +66,38 @@ class RunDirectory:
         except BaseException:
             _unmake(made)
             raise
+        run = cls(folder, _freeze(config, None, None)["config"], lock, made)
         try:
-            frozen = _freeze(config, resolved, data)
-            if _has_begun(folder):  # a run that ended before its first step binds nobody
-                agree_or_raise(folder, _load(folder), frozen)
-            _write(folder / _CONFIG, _HEAD + yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True, width=120))
+            _agree(folder, _freeze(config, None, None), contents_later=True)
         except BaseException:
-            lock.release()
-            _unmake(made)
+            run.close()
             raise
-        return cls(folder, frozen["config"], lock)
+        return run
+
+    def record(
+        self,
+        *,
+        resolved: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        shards: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write what the run is and is made of.
+
+        Args:
+            resolved: what was derived from the configuration: key -> something with ``value`` and ``reason``.
+            data: what the batches are made of (``DataStream.identity()``). Where the run recorded it too, it must
+                agree, and ``data.shards`` may then be spelt differently: a moved folder holds the same data.
+            shards: since when the run learns from which shards (``History.to_json()``), for ``read_shards``.
+
+        Raises:
+            UserError: the run is made of other data, or its folder cannot be written; nothing is written then.
+        """
+        frozen = _freeze(self.config, resolved, data)
+        _agree(self.folder, frozen)
+        _write(self.folder / _CONFIG, _HEAD + yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True, width=120))
+        self._made = ()
+        if shards is not None:
+            _write(shards_of(self.folder), json.dumps(shards, separators=(",", ":")) + "\n")
 
     @classmethod
     def join(cls, run_dir: str | Path, config: Mapping[str, Any]) -> RunDirectory:
@@ -152,9 +165,10 @@ class RunDirectory:
         return result if result is not None and result.get("state") == "finished" else None
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Give the lock back; of a run that was not recorded nothing stays."""
         if self._lock is not None:
             self._lock.release()
+        _unmake(self._made)
 
     def __enter__(self) -> Self:
         return self
@@ -198,9 +212,7 @@ def check_can_run(run_dir: str | Path, config: Mapping[str, Any], *, take_over: 
     _unmake(_make(folder))
     if (taken := in_use(folder / _LOCK, take_over=take_over)) is not None:
         raise taken
-    if _has_begun(folder):
-        # What the shards hold is compared when the run goes on.
-        agree_or_raise(folder, _load(folder), _freeze(config, None, None), contents_later=True)
+    _agree(folder, _freeze(config, None, None), contents_later=True)
 
 
 def free_from_elsewhere(run_dir: str | Path) -> None:
@@ -226,6 +238,31 @@ def metrics_of(run_dir: str | Path) -> Path:
 def lock_of(run_dir: str | Path) -> Path:
     """The file of a run's lock, for `run_lock.in_use`."""
     return Path(run_dir).expanduser() / _LOCK
+
+
+def shards_of(run_dir: str | Path) -> Path:
+    """The file that says since when a run learns from which shards."""
+    return Path(run_dir).expanduser() / _SHARDS
+
+
+def read_shards(run_dir: str | Path) -> Any:
+    """What ``record`` was given as ``shards``; None: the run has not begun, or it did before that was recorded.
+
+    Raises:
+        UserError: the file is gone or cannot be read.
+    """
+    folder, file = Path(run_dir).expanduser(), shards_of(run_dir)
+    if not _has_begun(folder):
+        return None
+    rule, remedy = "it tells which shards the run learned from", "bring back a copy, or name another run_dir"
+    try:
+        return json.loads(file.read_bytes())
+    except FileNotFoundError:
+        if "joined" not in ((_load(folder) or {}).get("data") or {}):
+            return None
+        raise UserError(f"{file} is gone", rule, remedy) from None
+    except (OSError, ValueError):
+        raise UserError(f"{file} cannot be read", rule, remedy) from None
 
 
 def read_result(run_dir: str | Path) -> dict[str, Any] | None:
@@ -290,7 +327,7 @@ def _make(folder: Path) -> list[Path]:
     return missing
 
 
-def _unmake(made: list[Path]) -> None:
+def _unmake(made: Sequence[Path]) -> None:
     for place in made:
         try:
             place.rmdir()
@@ -319,6 +356,11 @@ def _freeze(
         # Through JSON, so that tuples and lists compare alike after reading.
         frozen["data"] = json.loads(json.dumps(dict(data)))
     return frozen
+
+
+def _agree(folder: Path, frozen: Mapping[str, Any], *, contents_later: bool = False) -> None:
+    if _has_begun(folder):  # a run that ended before its first step binds nobody
+        agree_or_raise(folder, _load(folder), frozen, contents_later=contents_later)
 
 
 def _hash(frozen: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -73,10 +73,7 @@ class ShardList:
             for shard in shards
         ]
         self.counts: NDArray[np.int64] = np.array([shard.samples for shard in self.listed], np.int64)
-        digest = hashlib.blake2b(digest_size=16)
-        for shard in self.listed:
-            digest.update(f"{shard.name}\0{shard.samples}\0{shard.digest}\n".encode("utf-8", "surrogateescape"))
-        self.digest = digest.hexdigest()
+        self.digest = list_digest((shard.name, shard.samples, shard.digest) for shard in self.listed)
         self._index_dir, self.reading = index_dir, reading
         self._given = {number: shard for number, shard in enumerate(shards) if isinstance(shard, ShardIndex)}
         self._loaded: dict[int, ShardIndex] = {}
@@ -148,6 +145,14 @@ class ShardList:
     def samples(self) -> int:
         """Images in all shards."""
         return int(self.counts.sum())
+
+
+def list_digest(shards: Iterable[tuple[str, int, str]]) -> str:
+    """32 hexadecimal characters over (file name, count, tar digest) of some shards, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for shard in shards:
+        digest.update("{}\0{}\0{}\n".format(*shard).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def _listed(tars: Sequence[str], index_dir: Path | None, patience: float) -> list[ListedShard | ShardIndex]:

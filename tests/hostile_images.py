@@ -27,7 +27,7 @@ from PIL import Image
 from seer.data.assembly import BatchAssembler
 from seer.data.crops import CropSpec
 from seer.data.decode import BadImage, open_image
-from seer.data.order import ShardOrder
+from seer.data.growth import GrowingOrder
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.shard_index import ShardIndex
 from seer.shard_list import ShardList
@@ -163,7 +163,7 @@ def _as_samples(images: list[bytes], folder: Path) -> set[int]:
     labels = np.full(len(images), -1, np.int32)
     shard = ShardIndex(str(path), offsets, sizes, labels, int(sizes.sum()), "0" * 32)
     specs = [CropSpec(1, 24, 0.3, 1.0)]
-    order = ShardOrder(np.array([len(images)]), seed=0, global_batch_size=len(images))
+    order = GrowingOrder(np.array([len(images)]), seed=0, global_batch_size=len(images))
     slots = np.arange(len(images))
     assembler = BatchAssembler(
         ShardList([shard]), order, seed=0, slots=slots, specs=specs, flip_probability=0.5, photometric=PhotometricSpec()

@@ -37,7 +37,17 @@ WITHOUT_TORCH = (
     *("validation", "derived", "source_list", "rank_environment"),
     *(
         f"data/{name}"
-        for name in ("__init__", "order", "mixture", "decode", "crops", "sources", "photometric_parameters")
+        for name in (
+            "__init__",
+            "order",
+            "growth",
+            "mixture",
+            "history",
+            "decode",
+            "crops",
+            "sources",
+            "photometric_parameters",
+        )
     ),
     *("data/assembly", "data/pool", "data/shard_cache", "data/fetching"),
     *("cli/__init__", "cli/main", "cli/arguments", "cli/launch", "cli/train", "cli/runs", "cli/doctor"),

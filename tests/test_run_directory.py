@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from recorded_run import recorded_run
 
 from seer.config import TrainConfig, freeze
 from seer.errors import UserError
-from seer.run_directory import RunDirectory, check_can_run, read_result, read_run
+from seer.run_directory import RunDirectory, check_can_run, read_result, read_run, read_shards
 
 CONFIG = {
     "run_dir": "RUN",
@@ -40,7 +41,7 @@ def changed(key: str, value: object) -> dict:
 
 def test_configuration_comes_back_as_it_was(tmp_path):
     resolved = {"data.workers": SimpleNamespace(value=2, reason="2 cores")}
-    with RunDirectory.open(tmp_path / "new" / "run", CONFIG, resolved=resolved) as run:
+    with recorded_run(tmp_path / "new" / "run", CONFIG, resolved=resolved) as run:
         assert run.folder == tmp_path / "new" / "run"
         assert run.config == CONFIG
     assert read_run(tmp_path / "new" / "run") == CONFIG
@@ -51,7 +52,7 @@ def test_configuration_comes_back_as_it_was(tmp_path):
 
 def begun(folder, config, **more):
     """A run that has taken a step."""
-    with RunDirectory.open(folder, config, **more) as run:
+    with recorded_run(folder, config, **more) as run:
         run.metrics.touch()
 
 
@@ -75,9 +76,9 @@ def test_another_identity_is_refused_by_name(tmp_path, key, value):
     begun(tmp_path, CONFIG)
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=rf"{key}: .* -> .*another run_dir.*delete"):
-        RunDirectory.open(tmp_path, changed(key, value))
+        recorded_run(tmp_path, changed(key, value))
     assert (tmp_path / "config.yaml").read_bytes() == before
-    RunDirectory.open(tmp_path, CONFIG).close()  # the refusal gave the lock back
+    recorded_run(tmp_path, CONFIG).close()  # the refusal gave the lock back
 
 
 @pytest.mark.parametrize(
@@ -86,14 +87,15 @@ def test_another_identity_is_refused_by_name(tmp_path, key, value):
         ("run_dir", "other"),
         ("data.workers", 7),
         ("data.index_dir", "/x"),
+        ("data.allow_growth", True),
         ("train.log_every_steps", 1),
         ("checkpoint.every_steps", 5),
         ("parallel.strategy", "single"),
     ],
 )
 def test_other_keys_may_change_and_are_recorded(tmp_path, key, value):
-    RunDirectory.open(tmp_path, CONFIG).close()
-    RunDirectory.open(tmp_path, changed(key, value)).close()
+    recorded_run(tmp_path, CONFIG).close()
+    recorded_run(tmp_path, changed(key, value)).close()
     assert read_run(tmp_path) == changed(key, value)
 
 
@@ -106,16 +108,20 @@ def test_a_run_goes_on_with_another_cache(tmp_path):
 def test_at_most_five_differences_are_listed(tmp_path):
     begun(tmp_path, {"seed": 0, "backbone": {str(i): i for i in range(7)}})
     with pytest.raises(UserError, match="and 2 more") as caught:
-        RunDirectory.open(tmp_path, {"seed": 0, "backbone": {str(i): i + 1 for i in range(7)}})
+        recorded_run(tmp_path, {"seed": 0, "backbone": {str(i): i + 1 for i in range(7)}})
     assert caught.value.what.count("->") == 5
 
 
 def test_moved_shards_are_the_same_data_if_their_digest_is(tmp_path):
     begun(tmp_path, CONFIG, data={"index_digest": "ab", "areas": [(0.1, 1.0)]})
     moved = changed("data.shards", ["/elsewhere/a-{0..3}.tar"])
-    RunDirectory.open(tmp_path, moved, data={"index_digest": "ab", "areas": [(0.1, 1.0)]}).close()
+    recorded_run(tmp_path, moved, data={"index_digest": "ab", "areas": [(0.1, 1.0)]}).close()
     with pytest.raises(UserError, match=r"data\.shards, contents: ab -> cd"):
-        RunDirectory.open(tmp_path, moved, data={"index_digest": "cd", "areas": [(0.1, 1.0)]})
+        recorded_run(tmp_path, moved, data={"index_digest": "cd", "areas": [(0.1, 1.0)]})
+    with pytest.raises(UserError, match=r"allow_growth=true\), go on once with the former shards"):
+        recorded_run(tmp_path, moved, data={"index_digest": "cd", "areas": [(0.1, 1.0)]})
+    with pytest.raises(UserError, match=r"areas: .*delete the folder$"):
+        recorded_run(tmp_path, moved, data={"index_digest": "cd", "areas": [(0.2, 1.0)]})
 
 
 def test_lanes_are_compared_by_what_they_mean(tmp_path):
@@ -124,14 +130,14 @@ def test_lanes_are_compared_by_what_they_mean(tmp_path):
     given = changed("data.lanes", 1)
     given["data"]["window_images"] = None
     check_can_run(tmp_path, given)
-    RunDirectory.open(tmp_path, given, data={"lanes": 1, "window": "epoch"}).close()
+    recorded_run(tmp_path, given, data={"lanes": 1, "window": "epoch"}).close()
     with pytest.raises(UserError, match=r"\(data\.lanes: 1 -> 64, data\.window_images: 0 -> 40000\)"):
-        RunDirectory.open(tmp_path, given, data={"lanes": 64, "window": 40_000})
+        recorded_run(tmp_path, given, data={"lanes": 64, "window": 40_000})
 
 
 def test_a_run_that_took_no_step_binds_nobody(tmp_path):
-    RunDirectory.open(tmp_path, CONFIG).close()
-    RunDirectory.open(tmp_path, changed("seed", 4)).close()
+    recorded_run(tmp_path, CONFIG).close()
+    recorded_run(tmp_path, changed("seed", 4)).close()
     assert read_run(tmp_path) == changed("seed", 4)
 
 
@@ -146,17 +152,17 @@ def test_a_cut_or_edited_configuration_is_noticed(tmp_path):
 
 def test_signed_urls_are_not_saved(tmp_path):
     config = changed("data.shards", ["https://host/a.tar?X-Amz-Signature=secret"])
-    RunDirectory.open(tmp_path, config).close()
+    recorded_run(tmp_path, config).close()
     assert "secret" not in (tmp_path / "config.yaml").read_text()
-    RunDirectory.open(tmp_path, changed("data.shards", ["https://host/a.tar?X-Amz-Signature=renewed"])).close()
+    recorded_run(tmp_path, changed("data.shards", ["https://host/a.tar?X-Amz-Signature=renewed"])).close()
 
 
 def test_a_second_writer_is_refused_and_told_who_is_first(tmp_path):
-    with RunDirectory.open(tmp_path, CONFIG):
+    with recorded_run(tmp_path, CONFIG):
         with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on "):
-            RunDirectory.open(tmp_path, CONFIG)
+            recorded_run(tmp_path, CONFIG)
         assert read_run(tmp_path) == CONFIG  # looking is allowed
-    RunDirectory.open(tmp_path, CONFIG).close()
+    recorded_run(tmp_path, CONFIG).close()
 
 
 def test_lock_of_a_killed_process_is_taken_over(tmp_path):
@@ -168,11 +174,11 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path):
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"in use by process {holder.pid} "):
-            RunDirectory.open(tmp_path, CONFIG)
+            recorded_run(tmp_path, CONFIG)
     finally:
         holder.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # dead, its parent has not looked yet
-    RunDirectory.open(tmp_path, CONFIG).close()
+    recorded_run(tmp_path, CONFIG).close()
     holder.communicate()
 
 
@@ -187,42 +193,67 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path):
     ],
 )
 def test_who_counts_as_living(tmp_path, change, stale):
-    run = RunDirectory.open(tmp_path, CONFIG)
+    run = recorded_run(tmp_path, CONFIG)
     lock = tmp_path / "run.lock"
     lock.write_text(json.dumps(json.loads(lock.read_text()) | change))
     if stale:
-        second = RunDirectory.open(tmp_path, CONFIG)
+        second = recorded_run(tmp_path, CONFIG)
         run.close()  # what was taken over is not removed by its former holder
         assert lock.exists()
         second.close()
         assert not lock.exists()
     else:
         with pytest.raises(UserError, match="in use"):
-            RunDirectory.open(tmp_path, CONFIG)
+            recorded_run(tmp_path, CONFIG)
 
 
 def test_torn_lock_is_nobodys(tmp_path):
     (tmp_path / "run.lock").write_bytes(b'{"host": "x", ')
-    RunDirectory.open(tmp_path, CONFIG).close()
+    recorded_run(tmp_path, CONFIG).close()
 
 
 def test_place_that_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        RunDirectory.open(tmp_path / "file" / "run", CONFIG)
+        recorded_run(tmp_path / "file" / "run", CONFIG)
     with pytest.raises(UserError, match="cannot be written"):
-        RunDirectory.open("/proc/run", CONFIG)
+        recorded_run("/proc/run", CONFIG)
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_failed_start_leaves_no_folder(tmp_path):
     with pytest.raises(AttributeError):
-        RunDirectory.open(tmp_path / "a" / "b", CONFIG, resolved={"x": 1})
+        recorded_run(tmp_path / "a" / "b", CONFIG, resolved={"x": 1})
     assert os.listdir(tmp_path) == []
 
 
+def test_a_run_that_was_not_recorded_leaves_nothing(tmp_path):
+    RunDirectory.open(tmp_path / "a" / "b", CONFIG).close()
+    assert os.listdir(tmp_path) == []
+    begun(tmp_path / "run", CONFIG)
+    RunDirectory.open(tmp_path / "run", CONFIG).close()
+    assert read_run(tmp_path / "run") == CONFIG
+
+
+def test_the_shards_of_a_run(tmp_path):
+    assert read_shards(tmp_path / "none") is None
+    with recorded_run(tmp_path, CONFIG, data={"index_digest": "ab"}, shards={"sources": ["\udcff"]}) as run:
+        assert read_shards(tmp_path) is None, "it has not begun"
+        run.metrics.touch()
+    assert read_shards(tmp_path) == {"sources": ["\udcff"]}
+    (tmp_path / "shards.json").unlink()
+    assert read_shards(tmp_path) is None, "it may have begun before that was recorded"
+    begun(tmp_path, CONFIG, data={"index_digest": "ab", "joined": [["", 5, 1, "cd"]]}, shards={"sources": []})
+    (tmp_path / "shards.json").write_text("[")
+    with pytest.raises(UserError, match=r"shards\.json cannot be read"):
+        read_shards(tmp_path)
+    (tmp_path / "shards.json").unlink()
+    with pytest.raises(UserError, match=r"shards\.json is gone: it tells which shards the run learned from"):
+        read_shards(tmp_path)
+
+
 def test_result_is_written_and_updated(tmp_path):
-    with RunDirectory.open(tmp_path, CONFIG) as run:
+    with recorded_run(tmp_path, CONFIG) as run:
         assert run.finished() is None
         run.write_result({"state": "stopped", "steps": 3})
         assert run.finished() is None
@@ -232,7 +263,7 @@ def test_result_is_written_and_updated(tmp_path):
 
 
 def test_files_of_a_run(tmp_path):
-    with RunDirectory.open(tmp_path, CONFIG) as run:
+    with recorded_run(tmp_path, CONFIG) as run:
         paths = [run.metrics, run.evaluations, run.quarantine(1), run.checkpoints, run.tensorboard, run.result]
     names = [str(path.relative_to(tmp_path)) for path in paths]
     assert names == [
@@ -249,7 +280,7 @@ def test_folder_of_other_files_is_refused_and_left_as_it_is(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     os.utime(tmp_path, ns=(1, 1))
     with pytest.raises(UserError, match=r"holds thesis\.tex\): a run needs a folder of its own"):
-        RunDirectory.open(tmp_path, CONFIG)
+        recorded_run(tmp_path, CONFIG)
     assert tmp_path.stat().st_mtime_ns == 1
     assert os.listdir(tmp_path) == ["thesis.tex"] and (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -257,7 +288,7 @@ def test_folder_of_other_files_is_refused_and_left_as_it_is(tmp_path):
 def test_what_a_process_left_that_died_early_hinders_no_run(tmp_path):
     for name in (".probe-7", "run.lock", ".run.lock.7.part", ".config.yaml.7.part"):
         (tmp_path / name).touch()
-    RunDirectory.open(tmp_path, CONFIG).close()
+    recorded_run(tmp_path, CONFIG).close()
     assert read_run(tmp_path) == CONFIG
 
 
@@ -277,20 +308,20 @@ def test_folder_that_is_no_run(tmp_path):
 def test_a_key_that_came_later_than_the_run_has_its_default_in_it(tmp_path):
     old = freeze(TrainConfig())
     del old["data"]["limits"]["max_bytes"]
-    with RunDirectory.open(tmp_path / "run", old, data={"seed": 0}) as run:
+    with recorded_run(tmp_path / "run", old, data={"seed": 0}) as run:
         run.metrics.touch()
     new = freeze(TrainConfig())
-    RunDirectory.open(tmp_path / "run", new, data={"seed": 0, "limits": [1]}).close()
+    recorded_run(tmp_path / "run", new, data={"seed": 0, "limits": [1]}).close()
     new["data"]["limits"]["max_bytes"] = 5
     with pytest.raises(UserError, match=r"data\.limits\.max_bytes: 64000000 -> 5"):
-        RunDirectory.open(tmp_path / "run", new, data={"seed": 0})
+        recorded_run(tmp_path / "run", new, data={"seed": 0})
 
 
 def test_how_the_shards_are_spelt_does_not_matter_before_a_launch(tmp_path):
     """Their contents, lanes and shares are compared when the run goes on and has looked at them."""
     old, new = freeze(TrainConfig()), freeze(TrainConfig())
     old["data"] |= {"shards": ["s/*.tar"], "mixture": ["web 1 w/*.tar"], "lanes": None}
-    with RunDirectory.open(tmp_path / "run", old, data={"lanes": 64}) as run:
+    with recorded_run(tmp_path / "run", old, data={"lanes": 64}) as run:
         run.metrics.touch()
     new["data"] |= {"shards": ["/a/s/*.tar"], "mixture": ["web 1 /a/w/*.tar"], "lanes": 64}
     check_can_run(tmp_path / "run", new)

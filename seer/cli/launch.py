@@ -15,7 +15,7 @@ from seer.launching import cluster, local, submission
 from seer.launching.folder import LaunchFolder, absolute
 from seer.launching.placement import Placement
 from seer.launching.tail import Tail
-from seer.run_directory import check_can_run, free_from_elsewhere, read_result
+from seer.run_directory import check_can_run, free_from_elsewhere, read_result, read_shards, shards_of
 from seer.validation import validate, validate_launch
 
 HELP = """\
@@ -60,7 +60,8 @@ def run(argv: list[str]) -> int:
 
 def _checked(config: TrainConfig, *, take_over: bool) -> Placement:
     """Everything that can be refused before something is written or queued."""
-    from seer.data.mixture import open_shards, order_of  # imports numpy, which the help does without
+    from seer.data.history import History  # imports numpy, which the help does without
+    from seer.data.mixture import open_shards, order_of
     from seer.shard_list import ShardList
 
     validate_launch(config.launch)
@@ -79,6 +80,17 @@ def _checked(config: TrainConfig, *, take_over: bool) -> Placement:
         raise UserError(f"train.init_from={init_from}", "there is no such file", "check the path")
     submission.refuse_queued(LaunchFolder(Path(config.run_dir)))
     check_can_run(config.run_dir, freeze(config), take_over=take_over)
+    finished = (read_result(config.run_dir) or {}).get("state") == "finished"
+    if not finished and (recorded := read_shards(config.run_dir)) is not None:
+        # Where it stands will be known when it goes on: for now only what it began with must be there.
+        History.from_json(recorded, str(shards_of(config.run_dir))).continued(
+            shards,
+            sources,
+            0,
+            global_batch_size=config.train.global_batch_size,
+            lanes=1,
+            allow_growth=config.data.allow_growth,
+        )
     return placement
 
 

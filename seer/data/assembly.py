@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 from seer.data import crops, photometric_parameters
 from seer.data.crops import CropSpec, UInt8s
 from seer.data.decode import DEFAULT_LIMITS, BadImage, ImageLimits, OpenedImage, open_image
+from seer.data.growth import GrowingOrder
 from seer.data.mixture import MixedOrder
-from seer.data.order import Int64s, ShardOrder
+from seer.data.order import Int64s
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.sources import ShardReader
 from seer.errors import UserError, shown
@@ -78,7 +80,7 @@ class BatchAssembler:
     def __init__(
         self,
         shards: ShardList,
-        order: ShardOrder | MixedOrder,
+        order: GrowingOrder | MixedOrder,
         *,
         seed: int,
         slots: Int64s,
@@ -142,7 +144,7 @@ class BatchAssembler:
         bad: list[BadSample] = []
         for start in range(0, len(places), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
-            bad += self._fill_rows(places[part], numbers[part], crops_out)
+            bad += self._fill_rows(batch_index, places[part], numbers[part], crops_out)
         return bad
 
     def _draw_parameters(self, batch_index: int, rows: range, slots: Int64s, out: Sequence[Float32s]) -> None:
@@ -155,7 +157,9 @@ class BatchAssembler:
             every[:, rows.start : rows.stop] = by_crop[first : first + spec.count]
             first += spec.count
 
-    def _fill_rows(self, places: list[_Place], numbers: NDArray[np.float64], out: Sequence[UInt8s]) -> list[BadSample]:
+    def _fill_rows(
+        self, batch_index: int, places: list[_Place], numbers: NDArray[np.float64], out: Sequence[UInt8s]
+    ) -> list[BadSample]:
         # Headers first: the boxes of all images are then found in one go, and a JPEG is decoded no larger than needed.
         opened: list[OpenedImage | BadSample | None] = [self._open(place) for place in places]
         self.announce(-1, -1, -1)
@@ -165,7 +169,7 @@ class BatchAssembler:
             image, opened[index] = opened[index], None  # one decoded image at a time
             failed = self._cut(place, image, plan, index, out)
             if failed is not None:
-                bad += [failed, *self._substitute(place, failed, numbers[index : index + 1], out)]
+                bad += [failed, *self._substitute(batch_index, place, failed, numbers[index : index + 1], out)]
         return bad
 
     def _open(self, place: _Place) -> OpenedImage | BadSample:
@@ -205,11 +209,11 @@ class BatchAssembler:
         return None
 
     def _substitute(
-        self, place: _Place, failed: BadSample, numbers: NDArray[np.float64], out: Sequence[UInt8s]
+        self, batch_index: int, place: _Place, failed: BadSample, numbers: NDArray[np.float64], out: Sequence[UInt8s]
     ) -> list[BadSample]:
         """Writes the crops of another image; returns those that would not do either."""
         bad: list[BadSample] = []
-        for shard, sample in self._candidates(place.shard, place.sample):
+        for shard, sample in self._candidates(batch_index, place.shard, place.sample):
             other = _Place(place.row, shard, sample)
             image = self._open(other)
             again = self._cut(other, image, self._plan([image], numbers), 0, out)
@@ -225,11 +229,10 @@ class BatchAssembler:
     def _bad(self, place: _Place, reason: str) -> BadSample:
         return BadSample(self.shard_path(place.shard), place.sample, reason)
 
-    def _candidates(self, shard: int, sample: int) -> Iterator[tuple[int, int]]:
+    def _candidates(self, batch_index: int, shard: int, sample: int) -> Iterator[tuple[int, int]]:
         counts = self._order.counts
         for step in range(1, min(_CANDIDATES, int(counts[shard]) - 1) + 1):
             yield shard, (sample + step) % int(counts[shard])
-        others = [(shard + step) % len(counts) for step in range(1, len(counts))]
-        for other in [other for other in others if counts[other]][:_SHARDS_TRIED]:
+        for other in islice(self._order.others(batch_index, shard), _SHARDS_TRIED):
             for first in range(min(_CANDIDATES, int(counts[other]))):
                 yield other, first

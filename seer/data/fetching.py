@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from seer.data.growth import GrowingOrder
 from seer.data.mixture import MixedOrder
-from seer.data.order import Int64s, ShardOrder
+from seer.data.order import Int64s
 from seer.data.pool import leave_signals_to_the_parent, memory_file
 from seer.data.shard_cache import ShardCache, say
 from seer.errors import UserError, shown
@@ -42,7 +43,7 @@ class Briefing(NamedTuple):
     """What a fetcher works on: all shards, their order, the places of the batch that its rank makes."""
 
     shards: Sequence[ListedShard]
-    order: ShardOrder | MixedOrder
+    order: GrowingOrder | MixedOrder
     slots: Int64s
     reading: Reading
     tells: bool
@@ -113,7 +114,7 @@ class Fetcher:
 
 
 def briefing_of(
-    shards: Sequence[ListedShard], order: ShardOrder | MixedOrder, slots: Int64s, reading: Reading, *, tells: bool
+    shards: Sequence[ListedShard], order: GrowingOrder | MixedOrder, slots: Int64s, reading: Reading, *, tells: bool
 ) -> Briefing | None:
     """What a fetcher would work on; None where nothing is to be fetched."""
     if reading.cache_bytes == 0 or not any(is_remote(shard.location) for shard in shards):

@@ -21,11 +21,12 @@ from seer.data.assembly import BadSample, BatchAssembler
 from seer.data.crops import CropSpec
 from seer.data.decode import DEFAULT_LIMITS, ImageLimits
 from seer.data.fetching import Fetcher, briefing_of
+from seer.data.history import History
 from seer.data.mixture import SourceShare, order_of
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.pool import DEADLINE_SECONDS, BatchPool
 from seer.errors import UserError
-from seer.shard_list import ShardList
+from seer.shard_list import ShardList, list_digest
 
 __all__ = ["BadSample", "Batch", "DataStream", "QuarantinedSample"]
 
@@ -77,6 +78,7 @@ class DataStream:
         deadline_seconds: a worker that decodes one image for so long, or reads one for five times as long, is replaced.
         lanes, window: how samples are mixed (`seer.data.order.ShardOrder`); by default an epoch as a whole.
         sources: whose shards these are, where every batch has fixed shares of several sources.
+        history: since which batch each shard is among them; by default since the first.
         rank, world_size: this process's part: slots [rank*N, (rank+1)*N) of each batch.
 
     Raises:
@@ -98,6 +100,7 @@ class DataStream:
         lanes: int = 1,
         window: int | None = None,
         sources: Sequence[SourceShare] = (),
+        history: History | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -108,8 +111,15 @@ class DataStream:
                 f"use a multiple of {world_size}",
             )
         images = global_batch_size // world_size
+        history = history or History.beginning(shards, sources)
         order = order_of(
-            shards.counts, sources, seed=seed, global_batch_size=global_batch_size, lanes=lanes, window=window
+            shards.counts,
+            sources,
+            history.growths(shards, sources),
+            seed=seed,
+            global_batch_size=global_batch_size,
+            lanes=lanes,
+            window=window,
         )
         slots = np.arange(rank * images, (rank + 1) * images, dtype=np.int64)
         assembler = BatchAssembler(
@@ -122,17 +132,17 @@ class DataStream:
             photometric=photometric,
             limits=limits,
         )
-        self.batches_per_epoch, self.samples = order.batches_per_epoch, order.samples
+        self.samples, self._order = order.samples, order
         self._shards, self._assembler = shards, assembler
         self._workers, self._deadline_seconds = workers, deadline_seconds
         self._briefing = briefing_of(shards.listed, order, slots, shards.reading, tells=rank == 0)
         self._pool: BatchPool | None = None
         self._fetcher: Fetcher | None = None
         self._running: Generator[Batch, None, None] | None = None
-        self.shards = int((order.counts > 0).sum())
+        began_with = history.began_with()
         self._identity: dict[str, int | str | float | list[object]] = {
             "seed": seed,
-            "index_digest": shards.digest,
+            "index_digest": list_digest(shard for of_source in began_with.values() for shard in of_source),
             "global_batch_size": global_batch_size,
             "lanes": lanes,
             "window": "epoch" if window is None else window,
@@ -144,7 +154,9 @@ class DataStream:
             "decoder": "pillow-simd" if ".post" in PIL.__version__ else "pillow",
         }
         if sources:
-            self._identity["mixture"] = [list(source) for source in sources]
+            self._identity["mixture"] = [[*source[:2], len(began_with[source.name])] for source in sources]
+        if joined := history.identity():
+            self._identity["joined"] = joined
 
     def identity(self) -> dict[str, int | str | float | list[object]]:
         """What the batches are a function of, as JSON: two streams of equal identity are equal.
@@ -152,6 +164,10 @@ class DataStream:
         `quarantine` is what is known when this is asked: nothing before a run, whose checkpoints name what was found.
         """
         return {**self._identity, "quarantine": [list(sample) for sample in sorted(self.quarantine)]}
+
+    def epochs(self, batch_index: int) -> float:
+        """Passes over the data before a batch; what joined later counts from then on."""
+        return self._order.epochs(batch_index)
 
     @property
     def quarantine(self) -> set[QuarantinedSample]:

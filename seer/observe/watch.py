@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -72,7 +72,7 @@ class Watch:
         chance: loss of a network that tells nothing apart.
         log_every_steps: steps between two lines; the last step has one too.
         global_batch_size: images a step, over all processes.
-        batches_per_epoch: batches in a pass over the data.
+        epochs: passes over the data in so many steps.
         progress: the line on the terminal; default: on standard output.
     """
 
@@ -85,7 +85,7 @@ class Watch:
         chance: float,
         log_every_steps: int,
         global_batch_size: int,
-        batches_per_epoch: int,
+        epochs: Callable[[int], float],
         progress: Progress | None = None,
     ) -> None:
         self._metrics = MetricsFile(run.metrics)
@@ -98,7 +98,7 @@ class Watch:
         self._chance = chance
         self._log_every_steps = log_every_steps
         self._global_batch_size = global_batch_size
-        self._batches_per_epoch = batches_per_epoch
+        self._epochs = epochs
         self._start_step = start_step
 
         self._figures: Mapping[str, Tensor] = {}
@@ -209,7 +209,7 @@ class Watch:
         line = {
             "step": step,
             "images_seen": step * self._global_batch_size,
-            "epoch": round(step / self._batches_per_epoch, 4),
+            "epoch": round(self._epochs(step), 4),
             "loss": values.pop("loss"),
             "chance": self._chance,
             "lr": learning_rate,

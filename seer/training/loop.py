@@ -16,7 +16,7 @@ from seer.checkpoint.store import CheckpointStore
 from seer.config import TrainConfig, freeze
 from seer.data.stream import DataStream, QuarantinedSample
 from seer.data.transfer import on_device
-from seer.derived import Resolved, reading, resolve, resolve_order
+from seer.derived import Resolved, reading, resolve
 from seer.errors import EXIT_STOPPED, UserError
 from seer.evaluation.online import OnlineEvaluation
 from seer.handoff.timm_format import export_timm, load_exported
@@ -26,6 +26,7 @@ from seer.rank_environment import rank_environment, told_once
 from seer.run_directory import RunDirectory, checkpoints_of
 from seer.shard_list import ShardList
 from seer.training.bad_share import BadShare
+from seer.training.shards import agreed_history, agreed_shards
 from seer.training.state import TrainState, fresh_state, load_state, state_tensors
 from seer.training.step import float_crops, set_learning_rate, step_settings, train_step
 from seer.training.stop import StopRequest
@@ -79,17 +80,14 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         resolved = resolve(config, processes=processes, cores=slurm.cores_of_task(), device=device.type)
         resolved["parallel.strategy"] = strategy
         torch.set_num_threads(resolved["train.threads"].value)
-        stream = build.stream(config, workers=resolved["data.workers"].value)
-        resolved |= resolve_order(config, samples=stream.samples, shards=stream.shards)
         evaluation = _evaluation(config)
         peak = resolved["optimizer.learning_rate"].value
         schedule = build.schedule(config, peak=peak, warmup_steps=resolved["optimizer.warmup_steps"].value)
         initial_weights = _initial_weights(config, fresh=fresh)
+    opened = agreed_shards(config)
     with distributed.together():
         run = (
-            RunDirectory.open(
-                config.run_dir, freeze(config), resolved=resolved, data=stream.identity(), take_over=take_over
-            )
+            RunDirectory.open(config.run_dir, freeze(config), take_over=take_over)
             if first
             else RunDirectory.join(config.run_dir, freeze(config))
         )
@@ -98,15 +96,10 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         with distributed.together():
             finished = run.finished() if first else None
         if (finished := distributed.of_first_rank(finished)) is not None:
-            stream.close()
             if first:
                 _conclude(run, finished)
                 print(f"{run.folder} is finished; delete it or name another run_dir to train anew")
             return Result(0, finished if first else {})
-        state = fresh_state(config, device=device, strategy=strategy.value, learning_rate=peak)
-        if initial_weights is not None:
-            for name, tensor in state.learner.backbone.state_dict().items():
-                distributed.fill(tensor, initial_weights[name])
         checkpoints = CheckpointStore(
             run.checkpoints,
             config.checkpoint.keep,
@@ -114,6 +107,17 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
             may_publish=run.require_ownership,
         )
         newest = checkpoints.newest()
+        batch_index = 0 if newest is None else newest.state["batch_index"]
+        history = agreed_history(config, run, batch_index, *opened)
+        with distributed.together():
+            resolved |= build.order(config, history)
+            stream = build.stream(config, workers=resolved["data.workers"].value, opened=opened, history=history)
+            if first:
+                run.record(resolved=resolved, data=stream.identity(), shards=history.to_json())
+        state = fresh_state(config, device=device, strategy=strategy.value, learning_rate=peak)
+        if initial_weights is not None:
+            for name, tensor in state.learner.backbone.state_dict().items():
+                distributed.fill(tensor, initial_weights[name])
         if newest is not None:
             load_state(state, newest)
             stream.add_to_quarantine(QuarantinedSample(*sample) for sample in newest.state.get("quarantine", []))
@@ -130,6 +134,8 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         )
         if first:
             _introduce(config, run, stream, state, device, resolved)
+            for arrival in history.to_come(state.batch_index, config.train.steps):
+                print(arrival)
         settings = step_settings(config, device)
         stop = _stop_request(config)
         batches = on_device(stream.batches(state.batch_index), stream.memory, device)
@@ -240,7 +246,7 @@ def _watch(config: TrainConfig, run: RunDirectory, state: TrainState, stream: Da
         chance=state.learner.objective.chance,
         log_every_steps=config.train.log_every_steps,
         global_batch_size=config.train.global_batch_size,
-        batches_per_epoch=stream.batches_per_epoch,
+        epochs=stream.epochs,
     )
 
 
@@ -278,7 +284,7 @@ def _introduce(
     print(
         f"{run.folder}: {config.backbone.name} ({weights / 1e6:.2f} M weights) on {where}, "
         f"{config.train.precision}, {stream.samples:,} images, batches of {config.train.global_batch_size}, "
-        f"{config.train.steps:,} steps ({config.train.steps / stream.batches_per_epoch:.1f} epochs)"
+        f"{config.train.steps:,} steps ({stream.epochs(config.train.steps):.1f} epochs)"
     )
     for key, (value, reason) in resolved.items():
         if reason != "given":

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from recorded_run import recorded_run
 from slurm_stubs import Programs
 from tiny_run import make_shards
 
 from seer.cli.main import main
-from seer.compose import thaw
+from seer.compose import compose, thaw
+from seer.config import freeze
+from seer.data.history import History
+from seer.shard_list import ShardList
 
 TINY = (
     *("experiment=demo", "data.workers=0", "data.large.size=32", "data.small.size=24", "data.small.count=2"),
@@ -120,6 +125,27 @@ def test_a_folder_of_something_else_is_refused(
     assert launch(shards, "run_dir=r", "launch=slurm") == 2
     assert "is no run and is not empty" in capsys.readouterr().err
     assert programs.calls("sbatch") == []
+
+
+def test_shards_that_came_later_are_let_through_where_they_may_join(
+    programs: Programs, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = make_shards(tmp_path / "more", classes=1, seed=1)
+    config = freeze(compose([*TINY, f"data.shards={shards}", f"run_dir={tmp_path / 'run'}"]))
+    began_with = History.beginning(ShardList.open(shards), [])
+    with recorded_run(tmp_path / "run", config, shards=began_with.to_json()) as run:
+        run.metrics.touch()
+    words = (f"run_dir={tmp_path / 'run'}", "--dry-run")
+    assert launch(f"[{shards},{more}]", *words) == 2
+    assert re.fullmatch(
+        "seer: data.shards names .*which the run does not know: .*allow_growth.*\n", capsys.readouterr().err
+    )
+    assert launch(f"[{shards},{more}]", "data.allow_growth=true", *words) == 0
+    assert launch(more, "data.allow_growth=true", *words) == 2
+    assert "seer: shards-000000.tar changed (" in capsys.readouterr().err
+    run.write_result({"state": "finished", "steps": 1})
+    assert launch(more, *words) == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_dry_run_prints_the_command_and_writes_nothing(

@@ -7,17 +7,18 @@ import re
 from pathlib import Path
 
 import pytest
+from recorded_run import recorded_run
 
 from seer.cli.main import main
 from seer.observe.metrics import MetricsFile
-from seer.run_directory import RunDirectory, lock_of
+from seer.run_directory import lock_of
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """One run that is running on another machine, one that was stopped."""
     for name, score in (("here", {}), ("group/there [red]", {"knn_top1": 0.756})):
-        with RunDirectory.open(tmp_path / name, {"train": {"steps": 1200}}) as run:
+        with recorded_run(tmp_path / name, {"train": {"steps": 1200}}) as run:
             line = {"step": 600, "images_seen": 4800, "loss": 3.456, "chance": 5.545, "images_per_s": 8.0}
             MetricsFile(run.metrics).write(line | score)
             if name == "here":

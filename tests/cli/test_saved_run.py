@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded_run import recorded_run
 from tiny_run import make_shards, tiny_config
 
 from seer import build
@@ -16,7 +17,7 @@ from seer.cli.main import main
 from seer.cli.saved_run import load_run, untrained_backbone
 from seer.config import freeze
 from seer.handoff.timm_format import load_exported
-from seer.run_directory import RunDirectory, read_result, read_run
+from seer.run_directory import read_result, read_run
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def run_dir(tmp_path: Path, shards: str) -> Path:
     with torch.no_grad():
         for parameter in learner.backbone.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
-    with RunDirectory.open(config.run_dir, freeze(config)) as run:
+    with recorded_run(config.run_dir, freeze(config)) as run:
         tensors = {f"model/{name}": tensor for name, tensor in learner.state_dict().items()}
         CheckpointStore(run.checkpoints).save(7, tensors, {})
         run.write_result({"state": "finished", "steps": 7, "exports": ["w.safetensors"]})
@@ -113,7 +114,7 @@ def test_what_is_no_run_is_refused(
     words = [shards if word == "SHARDS" else word for word in words]
     assert main([*words, "--run", "nowhere"]) == main([*words, "--run", "empty"]) == 2
     assert capsys.readouterr().err.count("\n") == 2
-    with RunDirectory.open("young", freeze(tiny_config(Path("young"), "a.tar"))):
+    with recorded_run("young", freeze(tiny_config(Path("young"), "a.tar"))):
         assert main([*words, "--run", "young"]) == 2
     assert "no checkpoint yet" in capsys.readouterr().err
     assert not (tmp_path / "w.safetensors").exists()
@@ -121,7 +122,7 @@ def test_what_is_no_run_is_refused(
 
 def test_scores_that_cannot_be_noted_are_told(run_dir: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", "knn", "--run", str(run_dir), "--train", shards, "--val", shards, "--max-val", "4"]
-    with RunDirectory.open(run_dir, read_run(run_dir)):
+    with recorded_run(run_dir, read_run(run_dir)):
         assert main([*words, "--baselines", "--json"]) == 0
     printed = capsys.readouterr()
     assert "knn_top1_pixels" in json.loads(printed.out)

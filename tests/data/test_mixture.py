@@ -119,7 +119,7 @@ def test_a_thousand_million_samples_of_three_sources(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(data_order, "_feistel", lambda *given: (walks.append(1), feistel(*given))[1])
     order.positions(0, slots)
     walks.clear()
-    for batch in range(100, order.batches_per_epoch, order.batches_per_epoch // 100):
+    for batch in range(100, order.samples // 4096, order.samples // 409_600):
         began = time.process_time()
         order.positions(batch, slots)
         taken.append(time.process_time() - began)

@@ -26,6 +26,7 @@ from PIL import Image
 
 from seer.data.crops import CropSpec, evaluation_crop
 from seer.data.decode import ImageLimits, decode
+from seer.data.history import History
 from seer.data.mixture import SourceShare
 from seer.data.photometric_parameters import COLUMNS, PhotometricSpec
 from seer.data.sources import ShardReader
@@ -301,6 +302,23 @@ def test_a_replacement_equals_the_follower_in_the_same_slot(tmp_path: Path) -> N
     (one,), (other,) = take(open_stream(broken), 0, 1), take(open_stream(copied), 0, 1)
     assert one.bad == [BadSample(str(tmp_path / "broken" / "train-000.tar"), 5, "truncated")] and other.bad == []
     assert torch.equal(one.crops[0], other.crops[0]) and torch.equal(one.crops[1], other.crops[1])
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 1), (2, 0), (3, 0)])
+def test_shards_that_join_later_change_no_batch_before(tmp_path: Path, world: int, workers: int) -> None:
+    """Nor what stands in for the images of a shard that are all bad: the first of the next shard of the time."""
+    old = write_shards(tmp_path, counts=(7, 2, 0, 9), broken=BROKEN)
+    joined = write_shard(tmp_path / "train-001b.tar", [picture(1000 + sample) for sample in range(6)])
+    new = ShardList([old[0], old[1], joined, old[2], old[3]])
+    history = History.beginning(old, []).continued(new, [], 4, global_batch_size=6, lanes=1, allow_growth=True)
+    assert history.to_come(4, 100) == ["1 new shard (6 images) join at epoch 2 (step 6)"]
+    for rank in range(world):
+        part = {"workers": workers, "rank": rank, "world_size": world}
+        before, grown = take(open_stream(old, **part), 0, 6), open_stream(new, history=history, **part)
+        assert all(same(one, other) for one, other in zip(take(grown, 0, 6), before, strict=True))
+        assert grown.epochs(6) == 2 and grown.epochs(10) == 3
+        if world == 1:
+            assert any(bad.shard.endswith("train-001.tar") for batch in before for bad in batch.bad)
 
 
 def test_nothing_but_bad_images_is_one_error(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recorded_run import recorded_run
 from slurm_stubs import Programs, configured
 
 from seer.errors import UserError
 from seer.launching.folder import LaunchFolder
 from seer.launching.follow import RunView, runs_below
 from seer.observe.metrics import MetricsFile
-from seer.run_directory import RunDirectory, lock_of, metrics_of
+from seer.run_directory import lock_of, metrics_of
 
 CONFIG = {"seed": 0, "train": {"steps": 100}}
 LINE = {"loss": 3.0, "chance": 5.5, "images_per_s": 20.0}
@@ -25,7 +26,7 @@ LINE = {"loss": 3.0, "chance": 5.5, "images_per_s": 20.0}
 
 def made(folder: Path, *steps: int, result: dict[str, Any] | None = None, **figures: Any) -> Path:
     """A run that logged these steps, of 8 images each, and gave its lock back."""
-    with RunDirectory.open(folder, CONFIG) as run:
+    with recorded_run(folder, CONFIG) as run:
         file = MetricsFile(run.metrics)
         for step in steps:
             file.write({"step": step, "images_seen": 8 * step, **LINE, **figures})
@@ -57,7 +58,7 @@ def test_finished(tmp_path: Path) -> None:
 
 def test_running_is_held_by_a_living_process_whatever_an_earlier_life_left(tmp_path: Path) -> None:
     made(tmp_path / "a", 10, result={"state": "stopped", "steps": 10})
-    with RunDirectory.open(tmp_path / "a", CONFIG):
+    with recorded_run(tmp_path / "a", CONFIG):
         one = only(tmp_path)
     assert one.state == "running" and one.host == socket.gethostname() and not one.is_elsewhere
     assert one.seconds_left == 90 * 8 / 20.0
@@ -65,7 +66,7 @@ def test_running_is_held_by_a_living_process_whatever_an_earlier_life_left(tmp_p
 
 def test_running_elsewhere_names_the_host(tmp_path: Path) -> None:
     folder = made(tmp_path / "a", 10)
-    with RunDirectory.open(folder, CONFIG):
+    with recorded_run(folder, CONFIG):
         content = json.loads(lock_of(folder).read_bytes())
         lock_of(folder).write_text(json.dumps(content | {"host": "n17"}))
         one = only(tmp_path)
@@ -136,10 +137,10 @@ def test_queued_while_the_newest_job_waits(tmp_path: Path, programs: Programs, w
     submitted(made(tmp_path / "finished", 100, result={"state": "finished", "steps": 100}), 100)
     submitted(made(tmp_path / "older", 10, result={"state": "stopped", "steps": 14}), 9, 101)
     elsewhere = submitted(made(tmp_path / "elsewhere", 10), 100)
-    with RunDirectory.open(elsewhere, CONFIG):
+    with recorded_run(elsewhere, CONFIG):
         content = json.loads(lock_of(elsewhere).read_bytes())
         lock_of(elsewhere).write_text(json.dumps(content | {"host": "n17"}))
-        with RunDirectory.open(submitted(tmp_path / "here", 100), CONFIG):
+        with recorded_run(submitted(tmp_path / "here", 100), CONFIG):
             found = {one.folder.name: one for one in runs_below(tmp_path)}
     queued = dict.fromkeys(("again", "new", "died", "failed", "elsewhere"), "queued")
     rest = {"finished": "finished", "older": "stopped", "here": "running"}
@@ -196,7 +197,7 @@ def test_the_step_that_was_saved_may_not_have_been_logged(tmp_path: Path) -> Non
 
 
 def test_scores_of_an_earlier_line_stay(tmp_path: Path) -> None:
-    with RunDirectory.open(tmp_path, CONFIG) as run:
+    with recorded_run(tmp_path, CONFIG) as run:
         file = MetricsFile(run.metrics)
         file.write({"step": 1, "images_seen": 8, **LINE, "knn_top1": 0.5})
         file.write({"step": 2, "images_seen": 16, **LINE, "loss": None})

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from recorded_run import recorded_run
 from rich.console import Console
 
 from seer.errors import UserError
@@ -44,7 +45,7 @@ COUNTS = ("bad_samples", "skipped_steps", "worker_deaths")
 
 @pytest.fixture
 def run(tmp_path):
-    with RunDirectory.open(tmp_path, {"seed": 0}) as run:
+    with recorded_run(tmp_path, {"seed": 0}) as run:
         yield run
 
 
@@ -56,7 +57,7 @@ def watching(run: RunDirectory, *, start_step: int = 0, every: int = 2) -> Watch
         chance=math.log(64),
         log_every_steps=every,
         global_batch_size=8,
-        batches_per_epoch=3,
+        epochs=lambda step: step / 3,
         progress=Progress(5, math.log(64), Console(file=io.StringIO())),
     )
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded_run import recorded_run
 from tiny_run import make_shards, tiny_config
 
 from seer.checkpoint.store import CheckpointStore
 from seer.config import freeze
 from seer.errors import EXIT_STOPPED, UserError
 from seer.handoff.timm_format import load_exported
-from seer.run_directory import RunDirectory
 from seer.training import loop
 
 
@@ -98,7 +98,7 @@ def test_a_run_starts_from_exported_weights(tmp_path: Path, shards: str) -> None
 def test_a_first_save_that_failed_does_not_lose_the_initial_weights(tmp_path: Path, shards: str) -> None:
     weights = loop.run(tiny_config(tmp_path / "first", shards)).result["exports"][0]
     config = tiny_config(tmp_path / "second", shards, f"train.init_from={weights}", "train.steps=1")
-    with RunDirectory.open(tmp_path / "second", freeze(config)):
+    with recorded_run(tmp_path / "second", freeze(config)):
         (tmp_path / "second" / "checkpoints").mkdir()  # as a full disk leaves it
     second = loop.run(config)
     untrained = loop.run(tiny_config(tmp_path / "third", shards, "train.steps=1"))
