@@ -22,7 +22,7 @@ WORKDIR /src
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" \
-      > dependencies.txt && pip install -r dependencies.txt tensorboard
+      > dependencies.txt && pip install -r dependencies.txt tensorboard 'simplejpeg>=1.8'
 COPY data_shards/install_pillow_simd.sh data_shards/
 ARG PILLOW_SIMD_FLAGS=
 RUN data_shards/install_pillow_simd.sh $PILLOW_SIMD_FLAGS

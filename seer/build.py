@@ -343,6 +343,7 @@ def stream(
     config: TrainConfig,
     *,
     workers: int,
+    decoder: str,
     opened: tuple[ShardList, list[SourceShare]] | None = None,
     history: History | None = None,
 ) -> DataStream:
@@ -351,6 +352,7 @@ def stream(
     Args:
         config: composed and validated.
         workers: processes that decode and crop.
+        decoder: one of `seer.decoders.DECODERS`.
         opened: what `shards` gave; None: they are opened here.
         history: since when each shard is among them; None: always.
     """
@@ -365,6 +367,7 @@ def stream(
         flip_probability=config.data.flip_probability,
         photometric=photometric_spec(config.data),
         limits=image_limits(config.data),
+        decoder=decoder,
         workers=workers,
         lanes=mixing["data.lanes"].value,
         window=mixing["data.window_images"].value or None,

@@ -95,6 +95,9 @@ class DataConfig:
     """How long a remote shard that cannot be read is tried again before the run stops."""
     workers: int | None = None
     """Processes that decode and crop; 0 does it in the main process. Default: from the number of cores."""
+    decoder: str = "auto"
+    """Which libraries make the crops, a name of seer.decoders.DECODERS; `auto`: the fastest that is installed. It shows
+    in the pixels, so a run keeps the one it began with."""
     lanes: int | None = None
     """Parts of a batch that read shards of their own, a divisor of the global batch. Default: 1, or up to 64 where the
     images are so many that they are mixed in windows."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from seer.config import DataConfig, TrainConfig
+from seer.decoders import missing_speed, require_decoder
 from seer.remote import Reading
 from seer.source_list import quotas, read_sources
 
@@ -72,6 +74,28 @@ def resolve(
 def reading(data: DataConfig) -> Reading:
     """How the shards of a configuration are read if they are remote."""
     return Reading(data.cache_dir, round(data.cache_gb * 1e9), data.io_timeout_seconds)
+
+
+def resolve_decoder(config: TrainConfig, *, recorded: str | None, installed: Sequence[str]) -> Resolved:
+    """Which of `seer.decoders.DECODERS` makes the crops of a run, on all its processes.
+
+    Args:
+        config: a configuration that `validate` accepted.
+        recorded: what the run began with, None for one that begins.
+        installed: `seer.decoders.installed_decoders()`.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if config.data.decoder != "auto":
+        decoder = Resolved(config.data.decoder, "given")
+    elif recorded is not None:
+        decoder = Resolved(recorded, "the run began with it")
+    else:
+        faster = missing_speed(installed)
+        decoder = Resolved(installed[0], "the fastest that is installed" + (f"; {': '.join(faster)}" if faster else ""))
+    require_decoder(decoder.value, installed)
+    return decoder
 
 
 def resolve_order(config: TrainConfig, *, samples: int, shards: int) -> dict[str, Resolved]:

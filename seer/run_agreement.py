@@ -28,9 +28,10 @@ _FREE = (
     *("data.cache_dir", "data.cache_gb", "data.io_timeout_seconds"),
 )
 # What these mean for the batches stands in the data's identity: where that is known, their spelling does not matter.
-_IN_DATA_IDENTITY = ("data.shards", "data.mixture", "data.lanes", "data.window_images")
+_IN_DATA_IDENTITY = ("data.shards", "data.mixture", "data.lanes", "data.window_images", "data.decoder")
 _DATA_NAMES = {
     "data: index_digest": "data.shards, contents",
+    "data: decoder": "data.decoder",
     "data: lanes": "data.lanes",
     "data: window: epoch": "data.window_images: 0",
     "data: window": "data.window_images",

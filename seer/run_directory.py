@@ -197,6 +197,14 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
     return config
 
 
+def recorded_decoder(run_dir: str | Path) -> str | None:
+    """What made the crops of a run so far; None where it has not begun."""
+    folder = _absolute(run_dir)
+    found = (_load(folder) if _has_begun(folder) else None) or {}
+    decoder: str | None = found.get("data", {}).get("decoder")
+    return decoder
+
+
 def check_can_run(run_dir: str | Path, config: Mapping[str, Any], *, take_over: bool = False) -> None:
     """Whether a run could begin or go on in a folder, for those who start it later; nothing that is made here stays.
 

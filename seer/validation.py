@@ -18,6 +18,7 @@ from seer.config import (
     TrainConfig,
     TrainSection,
 )
+from seer.decoders import DECODERS
 from seer.errors import UserError, closest
 from seer.source_list import read_sources
 
@@ -105,6 +106,7 @@ def _validate_data(data: DataConfig, train: TrainSection) -> None:
     # A data worker that reads for longer is taken for one that hangs.
     _inside("data.io_timeout_seconds", data.io_timeout_seconds, 1, 500)
     _at_least("data.workers", data.workers, 0)
+    _one_of("data.decoder", data.decoder, ("auto", *DECODERS))
     _at_least("data.lanes", data.lanes, 1)
     _at_least("data.window_images", data.window_images, 0)
     batch = train.global_batch_size

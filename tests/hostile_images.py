@@ -1,8 +1,8 @@
 """Mutated images, each a function of its number, and the process that decodes them: under limits, as data workers do.
 
-    python tests/hostile_images.py FIRST COUNT FOLDER
+    python tests/hostile_images.py FIRST COUNT FOLDER DECODER
 
-decodes the images FIRST to FIRST + COUNT by themselves, and again as the samples of a shard in FOLDER. It may use
+decodes the images FIRST to FIRST + COUNT by Pillow, and by DECODER as the samples of a shard in FOLDER. It may use
 ``MEMORY`` bytes of address space and ``SECONDS`` of processor time an image: whoever is beyond is killed, and the last
 line says by which number. At the end it prints one JSON object: images by what became of them, and the peak of memory.
 """
@@ -26,6 +26,7 @@ from PIL import Image
 
 from seer.data.assembly import BatchAssembler
 from seer.data.crops import CropSpec
+from seer.data.cutters import cutter_of
 from seer.data.decode import BadImage, open_image
 from seer.data.growth import GrowingOrder
 from seer.data.photometric_parameters import PhotometricSpec
@@ -142,6 +143,10 @@ def _with_checksums(data: bytes) -> bytes:
 _MUTATIONS = (_flip, _flip, _cut, _splice, _fill, _repeat, _grow, _grow, _swap)
 
 
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
 def fate(data: bytes, scale: float = 1.0) -> str:
     """``good``, or why not."""
     try:
@@ -154,8 +159,8 @@ def fate(data: bytes, scale: float = 1.0) -> str:
     return "good"
 
 
-def _as_samples(images: list[bytes], folder: Path) -> set[int]:
-    """Which of the images an assembler of batches replaces, when each of them is asked for once."""
+def _as_samples(images: list[bytes], folder: Path, decoder: str) -> dict[int, str]:
+    """Which of the images an assembler of batches replaces and why, when each of them is asked for once."""
     path = folder / "shard.tar"
     path.write_bytes(b"".join(images))
     sizes = np.array([len(image) for image in images], np.uint32)
@@ -166,17 +171,27 @@ def _as_samples(images: list[bytes], folder: Path) -> set[int]:
     order = GrowingOrder(np.array([len(images)]), seed=0, global_batch_size=len(images))
     slots = np.arange(len(images))
     assembler = BatchAssembler(
-        ShardList([shard]), order, seed=0, slots=slots, specs=specs, flip_probability=0.5, photometric=PhotometricSpec()
+        ShardList([shard]),
+        order,
+        seed=0,
+        slots=slots,
+        specs=specs,
+        flip_probability=0.5,
+        photometric=PhotometricSpec(),
+        decoder=decoder,
     )
     out = [np.zeros(shape, dtype) for shape, dtype in assembler.layout]
     bad = assembler.fill(0, range(len(images)), out[: assembler.resolutions], out[assembler.resolutions :])
-    return {sample.sample for sample in bad}
+    return {sample.sample: sample.reason for sample in bad}
 
 
-def main(first: int, count: int, folder: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+def main(first: int, count: int, folder: Path, decoder: str) -> None:
+    cutter_of(decoder)  # may import torch, which takes its own address space
+    memory = MEMORY + (_address_space() if decoder == "simplejpeg" else 0)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     Image.init()
+    before = 0 if decoder != "simplejpeg" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     fates, slowest, compared = Counter[str](), (0.0, 0), 0
     for start in range(first, first + count, _TOGETHER):
         images = [mutated(number) for number in range(start, min(start + _TOGETHER, first + count))]
@@ -189,15 +204,15 @@ def main(first: int, count: int, folder: Path) -> None:
             slowest = max(slowest, (resource.getrusage(resource.RUSAGE_SELF).ru_utime - began, number))
         signal.setitimer(signal.ITIMER_PROF, SECONDS * len(images))
         # A good one behind each: somebody has to take the places of the others.
-        replaced = _as_samples([part for image in images for part in (image, SEEDS[0])], folder)
-        expected = {2 * place for place, what in enumerate(found) if what != "good"}
-        assert replaced == expected, (start, sorted(replaced ^ expected))
+        replaced = _as_samples([part for image in images for part in (image, SEEDS[0])], folder, decoder)
+        expected = {2 * place: what for place, what in enumerate(found) if what != "good"}
+        assert replaced == expected, (start, sorted(replaced.items() ^ expected.items()))
         compared += len(images)
         fates.update(found)
     signal.setitimer(signal.ITIMER_PROF, 0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before
     print(json.dumps({"fates": fates, "compared": compared, "peak": peak, "slowest": slowest}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

@@ -8,8 +8,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from seer.decoders import installed_decoders
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,3 +132,28 @@ def test_photometric_benchmark_compares_its_drivers(tmp_path: Path, monkeypatch:
     (row,) = json.loads(out.read_text())["results"]
     assert row["ratio"] == pytest.approx(row["subsets_ms"] / row["compiled_ms"]) and row["compile_seconds"] > 0
     torch.compiler.reset()
+
+
+def test_loader_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 10, 3), np.uint8)
+        Image.fromarray(pixels).resize((250, 190)).save(tmp_path / f"{number}.jpg")
+    out = tmp_path / "loader.json"
+    script = ROOT / "benchmarks" / "bench_loader.py"
+    ran = subprocess.run(
+        [sys.executable, script, "--images", tmp_path, "--batch", "4", "--batches", "1", "--rounds", "1", "--out", out],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout.splitlines()[-1])
+    assert told.keys() == {"webdataset", "seer_pillow", "seer_wheels", "seer_simd", "seer_best", "dali"}
+    here = {"seer_pillow": "pillow", "seer_wheels": "simplejpeg", "seer_simd": "pillow-simd"}
+    for name, decoder in here.items():
+        assert (told[name] is not None) == (decoder in installed_decoders())
+    assert told["webdataset"] > 0 and told["seer_best"] >= max(told[name] or 0 for name in here)
+    written = json.loads(out.read_text())
+    assert written["summary"]["ratios"] == told
+    assert written["rounds"]["workers"].keys() == set(installed_decoders())

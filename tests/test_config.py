@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from seer.config import (
     TrainConfig,
     freeze,
 )
-from seer.derived import MIXED_IMAGES, resolve, resolve_order
+from seer.decoders import DECODERS, missing_speed
+from seer.derived import MIXED_IMAGES, resolve, resolve_decoder, resolve_order
 from seer.errors import UserError
 from seer.objectives import sinkhorn
 from seer.validation import validate
@@ -304,3 +306,47 @@ def test_lanes_divide_a_batch() -> None:
     for key in ("lanes", "window_images"):
         with pytest.raises(UserError, match=f"data.{key}=-1"):
             validate(valid(**{f"data__{key}": -1}))
+
+
+def test_the_fastest_decoder_is_taken_and_what_it_lacks_is_told() -> None:
+    found = resolve_decoder(valid(), recorded=None, installed=["pillow"])
+    assert found.value == "pillow"
+    assert found.reason.endswith("simplejpeg makes crops about twice as fast: pip install 'seer[fast]'")
+    for installed in (["simplejpeg", "pillow"], ["simplejpeg+pillow-simd", "pillow-simd", "simplejpeg"]):
+        assert missing_speed(installed) is None
+        found = resolve_decoder(valid(), recorded=None, installed=installed)
+        assert found == (installed[0], "the fastest that is installed")
+
+
+def test_a_run_keeps_its_decoder() -> None:
+    installed = ["simplejpeg", "pillow"]
+    assert resolve_decoder(valid(), recorded="pillow", installed=installed) == ("pillow", "the run began with it")
+    given = valid(data__decoder="simplejpeg")  # the run's identity is then another one
+    assert resolve_decoder(given, recorded="pillow", installed=installed) == ("simplejpeg", "given")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "installed", "remedy"),
+    [
+        ("simplejpeg", ["pillow"], "pip install 'seer[fast]'"),
+        ("pillow-simd", ["pillow"], "data_shards/install_pillow_simd.sh"),
+        ("simplejpeg+pillow-simd", ["simplejpeg", "pillow"], "data_shards/install_pillow_simd.sh"),
+        ("simplejpeg+pillow-simd", ["pillow"], "pip install 'seer[fast]' && data_shards/install_pillow_simd.sh"),
+        ("pillow", ["pillow-simd"], "pip uninstall pillow-simd && pip install --force-reinstall pillow"),
+    ],
+)
+def test_a_decoder_that_is_not_installed_is_refused_with_its_remedy(
+    decoder: str, installed: list[str], remedy: str
+) -> None:
+    for config, recorded in ((valid(data__decoder=decoder), None), (valid(), decoder)):
+        with pytest.raises(UserError, match=f"data.decoder={re.escape(decoder)} is not installed") as caught:
+            resolve_decoder(config, recorded=recorded, installed=installed)
+        assert caught.value.remedy == remedy
+
+
+def test_names_of_decoders() -> None:
+    for decoder in ("auto", *DECODERS):
+        validate(valid(data__decoder=decoder))
+    with pytest.raises(UserError, match=r"data\.decoder=simplejpg") as caught:
+        validate(valid(data__decoder="simplejpg"))
+    assert "simplejpeg" in caught.value.remedy

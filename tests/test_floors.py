@@ -33,7 +33,7 @@ ENTRY = "__main__"  # `python -m seer`: calls the command line and is imported b
 # What a data worker, the launcher and `--help` import: they start in a fraction of the time that torch takes to import.
 WITHOUT_TORCH = (
     *("__init__", "errors", "config", "compose", "keyed_random", "shard_index", "files", "run_directory", "run_lock"),
-    *("remote", "run_agreement", "shard_list", "shard_manifest", "shard_patterns", "wids_json"),
+    *("remote", "run_agreement", "shard_list", "shard_manifest", "shard_patterns", "wids_json", "decoders"),
     *("validation", "derived", "source_list", "rank_environment"),
     *(
         f"data/{name}"
@@ -45,6 +45,7 @@ WITHOUT_TORCH = (
             "history",
             "decode",
             "crops",
+            "cutters",
             "sources",
             "photometric_parameters",
         )

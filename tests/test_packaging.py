@@ -82,6 +82,8 @@ def test_shell_scripts_parse_and_can_be_run(script: Path) -> None:
 def test_the_image_installs_pillow_simd_by_the_script_and_starts_seer() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert re.search(rf"^RUN {re.escape(INSTALLER)}\b", dockerfile, re.MULTILINE)
+    (simplejpeg,) = PROJECT["project"]["optional-dependencies"]["fast"]
+    assert f"'{simplejpeg}'" in dockerfile
     assert re.search(r"^USER (?!root)", dockerfile, re.MULTILINE)
     assert re.search(r'^ENTRYPOINT \["seer"\]$', dockerfile, re.MULTILINE)
 
@@ -142,3 +144,12 @@ def test_pillow_simd_replaces_pillow_and_everything_agrees(tmp_path: Path) -> No
     again = install_pillow_simd(python)
     assert again.returncode == 0
     assert "already installed" in again.stdout
+
+    # Its PIL, and everything else from here: all forms of images, and the decoders that are built on it.
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (site / "tests.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    decoders = "from seer.decoders import installed_decoders; print(*installed_decoders())"
+    assert run(python, "-c", decoders).stdout == "simplejpeg+pillow-simd pillow-simd simplejpeg\n"
+    files = [f"tests/data/test_{name}.py" for name in ("cutters", "crops", "decode", "image_formats", "fuzz_images")]
+    tested = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
+    assert tested.returncode == 0, tested.stdout[-3000:]

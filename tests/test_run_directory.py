@@ -14,7 +14,7 @@ from recorded_run import recorded_run
 
 from seer.config import TrainConfig, freeze
 from seer.errors import UserError
-from seer.run_directory import RunDirectory, check_can_run, read_result, read_run, read_shards
+from seer.run_directory import RunDirectory, check_can_run, read_result, read_run, read_shards, recorded_decoder
 
 CONFIG = {
     "run_dir": "RUN",
@@ -133,6 +133,22 @@ def test_lanes_are_compared_by_what_they_mean(tmp_path):
     recorded_run(tmp_path, given, data={"lanes": 1, "window": "epoch"}).close()
     with pytest.raises(UserError, match=r"\(data\.lanes: 1 -> 64, data\.window_images: 0 -> 40000\)"):
         recorded_run(tmp_path, given, data={"lanes": 64, "window": 40_000})
+
+
+def test_the_decoder_is_compared_by_what_made_the_crops(tmp_path):
+    """A run that took the fastest, or began before the key was there, goes on with the same one written down."""
+    run, old = tmp_path / "run", freeze(TrainConfig())
+    assert recorded_decoder(run) is None
+    recorded_run(run, old, data={"decoder": "pillow"}).close()
+    assert recorded_decoder(run) is None, "it has not begun"
+    begun(run, old, data={"decoder": "pillow"})
+    assert recorded_decoder(run) == "pillow"
+    given = freeze(TrainConfig())
+    given["data"]["decoder"] = "pillow"
+    check_can_run(run, given)
+    recorded_run(run, given, data={"decoder": "pillow"}).close()
+    with pytest.raises(UserError, match=r"\(data\.decoder: pillow -> simplejpeg\)"):
+        recorded_run(run, old, data={"decoder": "simplejpeg"})
 
 
 def test_a_run_that_took_no_step_binds_nobody(tmp_path):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from seer.data import crops, photometric_parameters
 from seer.data.crops import CropSpec, UInt8s
+from seer.data.cutters import cutter_of
 from seer.data.decode import DEFAULT_LIMITS, BadImage, ImageLimits, OpenedImage, open_image
 from seer.data.growth import GrowingOrder
 from seer.data.mixture import MixedOrder
@@ -71,8 +72,10 @@ class BatchAssembler:
         flip_probability: share of mirrored crops.
         photometric: distribution of colour and blur.
         limits: which images are refused.
+        decoder: what makes the crops, one of `seer.decoders.DECODERS` that is installed.
 
     Attributes:
+        decoder: as given.
         quarantine: (shard, sample) of what is replaced without being opened, because processes died of it.
         announce: is told row, shard and sample of what is worked on next; sample -1: the shard is being read.
     """
@@ -88,11 +91,13 @@ class BatchAssembler:
         flip_probability: float,
         photometric: PhotometricSpec,
         limits: ImageLimits = DEFAULT_LIMITS,
+        decoder: str = "pillow",
     ) -> None:
         self._shards, self._order, self._seed, self._slots = shards, order, seed, slots
         self._specs, self._flip_probability, self._photometric = list(specs), flip_probability, photometric
         self._reader = ShardReader(shards.reading)
         self._limits, self._crops = limits, sum(spec.count for spec in specs)
+        self.decoder = decoder
         self.quarantine: set[tuple[int, int]] = set()
         self.announce: Callable[[int, int, int], None] = _to_nobody
 
@@ -116,6 +121,10 @@ class BatchAssembler:
             *(((count, spec.size, spec.size, 3), np.uint8) for count, spec in zip(rows, self._specs, strict=True)),
             *(((count, photometric_parameters.COLUMNS), np.float32) for count in rows),
         ]
+
+    def prepare_worker(self) -> None:
+        """Loads the decoder's libraries, so that an image is not blamed for the time that this takes."""
+        cutter_of(self.decoder)
 
     def shard_path(self, shard: int) -> str:
         """The tar of a shard's number, as it is told."""
@@ -201,11 +210,11 @@ class BatchAssembler:
         if not isinstance(image, OpenedImage):
             return image
         self.announce(*place)
+        scale, boxes, flips = float(plan.scales[index]), plan.boxes[index], plan.flips[index]
         try:
-            pixels = image.load(float(plan.scales[index]))
+            cutter_of(self.decoder)(image, scale, boxes, flips, self._specs, out, place.row)
         except BadImage as error:
             return self._bad(place, error.reason)
-        crops.cut_crops(pixels, image.size, plan.boxes[index], plan.flips[index], self._specs, out, place.row)
         return None
 
     def _substitute(

@@ -7,7 +7,7 @@ square with antialiased bilinear interpolation; mirrored. All numbers are looked
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,27 +110,33 @@ def cut_crops(
     """Cuts, resizes and mirrors the crops of one image.
 
     Args:
-        image: RGB, of ``size`` or decoded smaller.
+        image: RGB or RGBX, of ``size`` or decoded smaller.
         size: width and height that the boxes refer to.
         boxes, flips: (V, 4) and (V,): the image's part of a `CropPlan`.
         out: one (count x N, S, S, 3) uint8 array a spec; rows [v*N, (v+1)*N) belong to crop v.
         row: the image's place among N.
     """
-    rectangles = boxes.tolist()
-    if image.size != size:
-        shrink = np.tile(np.divide(image.size, size), 2)
-        # Rounding must not carry a box over the edge, which Pillow refuses.
-        rectangles = np.minimum(boxes * shrink, np.tile(image.size, 2)).tolist()
-    crop = 0
+    rectangles = scaled_boxes(boxes, size, image.size).tolist()
+    for square, box, flip in zip(squares_of(specs, out, row), rectangles, flips.tolist(), strict=True):
+        piece = image.resize(square.shape[:2], Resampling.BILINEAR, box=box)
+        if flip:
+            piece = piece.transpose(Transpose.FLIP_LEFT_RIGHT)
+        square[...] = np.frombuffer(piece.tobytes("raw", "RGB"), np.uint8).reshape(square.shape)
+
+
+def scaled_boxes(boxes: NDArray[np.int64], size: tuple[int, int], decoded: tuple[int, int]) -> NDArray[np.float64]:
+    """(V, 4) boxes of an image of some size in one that was decoded smaller."""
+    shrink = np.tile(np.divide(decoded, size), 2)
+    # Rounding must not carry a box over the edge, which Pillow refuses.
+    found: NDArray[np.float64] = np.minimum(boxes * shrink, np.tile(decoded, 2))
+    return found
+
+
+def squares_of(specs: Sequence[CropSpec], out: Sequence[UInt8s], row: int) -> Iterator[UInt8s]:
+    """Where the crops of one image belong: (S, S, 3) each, in their order."""
     for spec, pixels in zip(specs, out, strict=True):
-        images = len(pixels) // max(spec.count, 1)
-        square = (spec.size, spec.size)
-        for place in range(row, len(pixels), max(images, 1)):
-            piece = image.resize(square, Resampling.BILINEAR, box=tuple(rectangles[crop]))
-            if flips[crop]:
-                piece = piece.transpose(Transpose.FLIP_LEFT_RIGHT)
-            pixels[place] = np.frombuffer(piece.tobytes(), np.uint8).reshape(pixels.shape[1:])
-            crop += 1
+        if spec.count:
+            yield from pixels[row :: len(pixels) // spec.count]
 
 
 def evaluation_crop(image: Image.Image, size: int) -> UInt8s:

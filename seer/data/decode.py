@@ -112,13 +112,32 @@ class OpenedImage:
     """An image whose header was read: its size is known before its pixels are decoded.
 
     Attributes:
-        size: width and height in pixels, as it stands upright (EXIF orientation applied).
+        data: the file.
+        orientation: as EXIF says: what `upright` undoes.
+        size: width and height in pixels, as it stands upright.
     """
 
-    def __init__(self, image: Image.Image, orientation: int) -> None:
-        self._image, self._orientation = image, orientation
+    def __init__(self, data: bytes, image: Image.Image, orientation: int) -> None:
+        self.data, self._image, self.orientation = data, image, orientation
         width, height = image.size
         self.size = (height, width) if orientation in _SWAPS_SIDES else (width, height)
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Width and height in pixels, as the file has them."""
+        return self._image.size
+
+    @property
+    def is_jpeg(self) -> bool:
+        """Also of those that hold a second picture for other uses (MPO), of which the first counts."""
+        return self._image.format in ("JPEG", "MPO")
+
+    def divisor(self, scale: float) -> int:
+        """8, 4, 2 or 1: by how much smaller a JPEG is decoded where `scale` of each side will do."""
+        if scale > 0.5:
+            return 1
+        sides = [(side, max(1, int(side * scale))) for side in self._image.size]
+        return next(divisor for divisor in (8, 4, 2, 1) if all(side // least >= divisor for side, least in sides))
 
     def load(self, scale: float = 1.0) -> Image.Image:
         """The decoded image in RGB, upright.
@@ -131,18 +150,15 @@ class OpenedImage:
             BadImage: the pixels cannot be decoded.
         """
         try:
-            if scale <= 0.5 and self._image.format == "JPEG":
+            if self.is_jpeg and (divisor := self.divisor(scale)) > 1:
                 width, height = self._image.size
-                # draft never goes below the size it is given.
-                self._image.draft("RGB", (max(1, int(width * scale)), max(1, int(height * scale))))
+                self._image.draft("RGB", (width // divisor, height // divisor))
             tiles = getattr(self._image, "tile", [])  # gone after load
             self._image.load()
             image = _rgb(self._image, tiles[0][3] if tiles else None)
             if self._image.format == "GIF" and tiles and tiles[0][1] != (0, 0, *image.size):
                 image = _frame_on_white(image, tiles[0][1])
-            if self._orientation in _UPRIGHT:
-                image = image.transpose(_UPRIGHT[self._orientation])
-            return image
+            return upright(image, self.orientation)
         except BadImage:
             raise
         except Exception as error:  # decoders raise whatever they like: SyntaxError, struct.error, MemoryError
@@ -163,7 +179,7 @@ def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> OpenedImage
         limits.refuse_size(*image.size)
         if "progressive" in image.info and data.count(b"\xff\xda") > _MAX_SCANS:
             raise BadImage("too_many_scans")
-        return OpenedImage(image, _orientation(image))
+        return OpenedImage(data, image, _orientation(image))
     except BadImage:
         raise
     except Exception as error:
@@ -177,6 +193,11 @@ def decode(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
         BadImage: with the reason.
     """
     return open_image(data, limits).load()
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Undoes an EXIF orientation."""
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 # How a TIFF and a BigTIFF begin -> the directory's place and where that stands, its count, an entry, as formats.

@@ -560,6 +560,7 @@ def _serve_forked(
 
 
 def _serve(its: socket.socket, assembler: BatchAssembler, ring: _Ring, number: int) -> None:
+    assembler.prepare_worker()
     assembler.announce = partial(ring.announce, number)
     with its.makefile("rb") as lines:
         for line in lines:

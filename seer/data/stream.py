@@ -12,7 +12,6 @@ from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import numpy as np
-import PIL
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -73,6 +72,7 @@ class DataStream:
         flip_probability: share of mirrored crops.
         photometric: distribution of colour and blur.
         limits: which images are refused.
+        decoder: what makes the crops, one of `seer.decoders.DECODERS` that is installed.
         workers: processes that decode and crop; 0 does it in the calling process. They die with the thread that started
             them, so call `batches` in the main thread.
         deadline_seconds: a worker that decodes one image for so long, or reads one for five times as long, is replaced.
@@ -95,6 +95,7 @@ class DataStream:
         flip_probability: float,
         photometric: PhotometricSpec,
         limits: ImageLimits = DEFAULT_LIMITS,
+        decoder: str = "pillow",
         workers: int,
         deadline_seconds: float = DEADLINE_SECONDS,
         lanes: int = 1,
@@ -131,6 +132,7 @@ class DataStream:
             flip_probability=flip_probability,
             photometric=photometric,
             limits=limits,
+            decoder=decoder,
         )
         self.samples, self._order = order.samples, order
         self._shards, self._assembler = shards, assembler
@@ -150,8 +152,7 @@ class DataStream:
             "flip_probability": flip_probability,
             "photometric": list(astuple(photometric)),
             "limits": list(astuple(limits)),
-            # pillow-simd's versions end in .postN; its crops differ from Pillow's by up to one level.
-            "decoder": "pillow-simd" if ".post" in PIL.__version__ else "pillow",
+            "decoder": decoder,
         }
         if sources:
             self._identity["mixture"] = [[*source[:2], len(began_with[source.name])] for source in sources]

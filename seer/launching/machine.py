@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
+import io
 import ipaddress
 import os
 import platform
@@ -17,6 +18,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, version
@@ -24,10 +26,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 import seer
+from seer.decoders import PILLOW_SIMD, installed_decoders, missing_speed
 
 GIB = 1 << 30
 _SLURM_SECONDS = 2.0
+_IMAGES_TRIED = 30
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ def look(folder: Path) -> list[Finding]:
         torch(torch_version),
         gpus(found, nccl_version, cuda_build=cuda_build, driver=Path("/proc/driver/nvidia/version").exists()),
         bf16(found, flags),
-        images(*_pillow(), cpu_has_avx2="avx2" in flags, machine=platform.machine()),
+        images(*_pillow(), cpu_has_avx2="avx2" in flags),
+        decoder(_images_a_second(), machine=platform.machine()),
         shared_memory(_disk(Path("/dev/shm"))),
         open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         disk(folder, _disk(folder)),
@@ -161,24 +168,37 @@ def bf16(found: Sequence[Gpu], flags: frozenset[str]) -> Finding:
     return Finding("bf16", "warning", "this CPU imitates it, slower than fp32", "use train.precision=fp32")
 
 
-def images(
-    pillow: str | None, simd: str | None, missing: Sequence[str], *, cpu_has_avx2: bool, machine: str
-) -> Finding:
+def images(pillow: str | None, simd: str | None, missing: Sequence[str], *, cpu_has_avx2: bool) -> Finding:
     """The image library: version, pillow-simd's flavour (`avx2`, `sse4`; None: the plain Pillow), formats it lacks."""
-    script = "data_shards/install_pillow_simd.sh"
     if pillow is None:
         return Finding("images", "problem", "Pillow cannot be imported", "pip install 'pillow>=11'")
     words = f"Pillow {pillow}" if simd is None else f"pillow-simd {pillow} ({simd})"
     if missing:
-        remedy = "pip install --force-reinstall pillow" if simd is None else script
+        remedy = "pip install --force-reinstall pillow" if simd is None else PILLOW_SIMD
         return Finding("images", "problem", f"{words} without {', '.join(missing)}", remedy)
     if simd == "avx2" and not cpu_has_avx2:
-        return Finding("images", "problem", f"{words} on a CPU without AVX2 ends with SIGILL", f"{script} --no-avx2")
-    if machine == "x86_64" and simd is None:
-        return Finding("images", "warning", f"{words}, which resizes slower than pillow-simd", script)
+        return Finding(
+            "images", "problem", f"{words} on a CPU without AVX2 ends with SIGILL", f"{PILLOW_SIMD} --no-avx2"
+        )
     if cpu_has_avx2 and simd not in (None, "avx2"):
-        return Finding("images", "warning", f"{words} on a CPU with AVX2", script)
+        return Finding("images", "warning", f"{words} on a CPU with AVX2", PILLOW_SIMD)
     return Finding("images", "ok", words)
+
+
+def decoder(speeds: Mapping[str, float], *, machine: str) -> Finding:
+    """What makes the crops under data.decoder=auto; images a second and core of each one installed, the first first."""
+    if not speeds:
+        return Finding("decoder", "problem", "none works", "look at images above")
+    installed = list(speeds)
+    words = ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items())
+    words = f"{installed[0]}; crops of images a second and core: {words}"
+    if installed[0] == "simplejpeg" and machine == "x86_64":
+        what = f"{words}; with pillow-simd too, workers started anew need no torch"
+        return Finding("decoder", "ok", what, PILLOW_SIMD)
+    if (faster := missing_speed(installed)) is not None:
+        what, command = faster
+        return Finding("decoder", "warning" if installed == ["pillow"] else "ok", f"{words}; {what}", command)
+    return Finding("decoder", "ok", words)
 
 
 def shared_memory(found: tuple[int, int] | None) -> Finding:
@@ -355,6 +375,34 @@ def _pillow() -> tuple[str | None, str | None, list[str]]:
         summary = metadata("pillow")["Summary"] or ""
         flavour = next((name for name in ("avx2", "sse4") if name in summary), flavour)
     return PIL.__version__, flavour, missing
+
+
+def _images_a_second() -> dict[str, float]:
+    """Of a photograph's size and the default crops, on one core, by each decoder that is installed."""
+    try:
+        from PIL import Image
+
+        from seer.data.crops import DRAWS, CropSpec, plan_crops
+        from seer.data.cutters import cutter_of
+        from seer.data.decode import open_image
+    except ImportError:
+        return {}
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (40, 54, 3), np.uint8))
+    file = io.BytesIO()
+    coarse.resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    specs = [CropSpec(2, 224, 0.14, 1.0), CropSpec(4, 96, 0.05, 0.14)]
+    plan = plan_crops(np.array([[500, 375]]), specs, rng.random((1, 6, DRAWS)), 0.5)
+    out = [np.zeros((spec.count, spec.size, spec.size, 3), np.uint8) for spec in specs]
+    found = {}
+    for name in installed_decoders():
+        cut = cutter_of(name)
+        for images in (1, _IMAGES_TRIED):  # the first one warms up
+            began = time.thread_time()
+            for _ in range(images):
+                cut(open_image(file.getvalue()), 1.0, plan.boxes[0], plan.flips[0], specs, out, 0)
+        found[name] = images / (time.thread_time() - began)
+    return found
 
 
 def _disk(folder: Path) -> tuple[int, int] | None:

@@ -16,14 +16,15 @@ from seer.checkpoint.store import CheckpointStore
 from seer.config import TrainConfig, freeze
 from seer.data.stream import DataStream, QuarantinedSample
 from seer.data.transfer import on_device
-from seer.derived import Resolved, reading, resolve
+from seer.decoders import installed_decoders, require_decoder
+from seer.derived import Resolved, reading, resolve, resolve_decoder
 from seer.errors import EXIT_STOPPED, UserError
 from seer.evaluation.online import OnlineEvaluation
 from seer.handoff.timm_format import export_timm, load_exported
 from seer.launching import slurm
 from seer.observe.watch import Quarantine, Watch
 from seer.rank_environment import rank_environment, told_once
-from seer.run_directory import RunDirectory, checkpoints_of
+from seer.run_directory import RunDirectory, checkpoints_of, recorded_decoder
 from seer.shard_list import ShardList
 from seer.training.bad_share import BadShare
 from seer.training.shards import agreed_history, agreed_shards
@@ -109,9 +110,11 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         newest = checkpoints.newest()
         batch_index = 0 if newest is None else newest.state["batch_index"]
         history = agreed_history(config, run, batch_index, *opened)
+        resolved["data.decoder"] = decoder = _decoder(config)
         with distributed.together():
             resolved |= build.order(config, history)
-            stream = build.stream(config, workers=resolved["data.workers"].value, opened=opened, history=history)
+            workers = resolved["data.workers"].value
+            stream = build.stream(config, workers=workers, decoder=decoder.value, opened=opened, history=history)
             if first:
                 run.record(resolved=resolved, data=stream.identity(), shards=history.to_json())
         state = fresh_state(config, device=device, strategy=strategy.value, learning_rate=peak)
@@ -199,6 +202,19 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
             _conclude(run, result)
         progress = start_step is None or state.step > start_step
         return Result(0 if finished_now else EXIT_STOPPED, result, again=first and stop.again and progress)
+
+
+def _decoder(config: TrainConfig) -> Resolved:
+    """What makes the crops: what the first rank decides, and every rank must have installed."""
+    installed = installed_decoders()
+    decoder: Resolved | None = None
+    with distributed.together():
+        if distributed.rank() == 0:
+            decoder = resolve_decoder(config, recorded=recorded_decoder(config.run_dir), installed=installed)
+    agreed: Resolved = distributed.of_first_rank(decoder)
+    with distributed.together():
+        require_decoder(agreed.value, installed)
+    return agreed
 
 
 def _initial_weights(config: TrainConfig, *, fresh: bool) -> dict[str, Tensor] | None:

@@ -20,6 +20,8 @@ import pytest
 from hostile_images import MEMORY, SEEDS, fate, mutated
 from image_cases import CASES
 
+from seer.decoders import installed_decoders
+
 REASONS = {
     *(
         "not_an_image",
@@ -37,10 +39,10 @@ REASONS = {
 PEAK = (100 << 20) + 16 * 64_000_000
 
 
-def decoded(first: int, count: int, folder: Path, timeout: float) -> dict[str, Any]:
+def decoded(first: int, count: int, folder: Path, decoder: str, timeout: float) -> dict[str, Any]:
     """What a process says that decodes these images."""
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, str(root / "tests" / "hostile_images.py"), str(first), str(count), str(folder)]
+    command = [sys.executable, str(root / "tests" / "hostile_images.py"), str(first), str(count), str(folder), decoder]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, errors="replace")
     lines = done.stdout.splitlines()
@@ -58,15 +60,17 @@ def judge(found: dict[str, Any], count: int) -> None:
     assert found["peak"] < PEAK < MEMORY
 
 
-def test_mutated_images(tmp_path: Path) -> None:
-    judge(decoded(0, 600, tmp_path, timeout=120), 600)
+@pytest.mark.parametrize("decoder", installed_decoders())
+def test_mutated_images(tmp_path: Path, decoder: str) -> None:
+    judge(decoded(0, 600, tmp_path, decoder, timeout=120), 600)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_many_mutated_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("decoder", installed_decoders())
+def test_many_mutated_images(tmp_path: Path, decoder: str) -> None:
     count = 50_000
-    found = decoded(1_000_000, count, tmp_path, timeout=1700)
+    found = decoded(1_000_000, count, tmp_path, decoder, timeout=1700)
     print(found)
     judge(found, count)
     assert set(found["fates"]) > {"too_many_pixels", "side_too_long", "aspect_ratio", "too_many_scans"}
@@ -96,7 +100,7 @@ seer.data.decode.open_image = open_image
 import hostile_images
 
 hostile_images.SECONDS = 0.1
-hostile_images.main(5, 1, Path("."))
+hostile_images.main(5, 1, Path("."), "pillow")
 """
 
 

@@ -51,7 +51,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardList:
     return ShardList(found)
 
 
-def open_stream(shards: ShardList, workers: int, *, batch: int = 20, deadline: float = 60.0) -> DataStream:
+def open_stream(
+    shards: ShardList, workers: int, *, batch: int = 20, deadline: float = 60.0, decoder: str = "pillow"
+) -> DataStream:
     return DataStream(
         shards,
         seed=3,
@@ -59,6 +61,7 @@ def open_stream(shards: ShardList, workers: int, *, batch: int = 20, deadline: f
         crops=SPECS,
         flip_probability=0.5,
         photometric=PhotometricSpec(),
+        decoder=decoder,
         workers=workers,
         deadline_seconds=deadline,
     )
@@ -146,6 +149,19 @@ def test_a_worker_started_anew_makes_the_same_and_has_no_torch(
     assert digests(stream, 4, between=look) == digests(open_stream(shards, 0), 4)
     assert "libtorch" not in maps[0] and "_imaging" in maps[0]
     assert "libtorch" in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_workers_that_resize_with_torch_make_the_same(
+    shards: ShardList, anew: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forked beside the threads of torch, or started without it."""
+    pytest.importorskip("simplejpeg")
+    torch.ones(1 << 20).sum()  # torch's threads are there before the fork
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: anew)
+    inline = digests(open_stream(shards, 0, decoder="simplejpeg"), 4)
+    assert digests(open_stream(shards, 1, decoder="simplejpeg"), 4) == inline
+    assert inline != digests(open_stream(shards, 0), 4)
 
 
 def test_killed_workers_change_no_byte(shards: ShardList, forks_only: None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from seer.decoders import installed_decoders
 from seer.launching import machine
 from seer.launching.machine import GIB, Finding, Gpu
 
@@ -49,15 +50,20 @@ HERE = Path("/here")
         (machine.bf16([H100, V100], NONE), "warning", "V100"),
         (machine.bf16([], frozenset({"avx512_bf16", "avx2"})), "ok", "avx512_bf16"),
         (machine.bf16([], frozenset({"avx2"})), "warning", "train.precision=fp32"),
-        (machine.images("12.1", "avx2", [], cpu_has_avx2=True, machine="x86_64"), "ok", "pillow-simd 12.1 (avx2)"),
-        (machine.images("12.1", None, [], cpu_has_avx2=True, machine="x86_64"), "warning", "install_pillow_simd.sh"),
-        (machine.images("12.1", None, [], cpu_has_avx2=False, machine="aarch64"), "ok", "Pillow 12.1"),
-        (machine.images("12.1", "sse4", [], cpu_has_avx2=True, machine="x86_64"), "warning", "install_pillow_simd.sh"),
-        (machine.images("12.1", "sse4", [], cpu_has_avx2=False, machine="x86_64"), "ok", "sse4"),
-        (machine.images("12.1", "avx2", [], cpu_has_avx2=False, machine="x86_64"), "problem", "--no-avx2"),
-        (machine.images("12.1", "avx2", ["WebP"], cpu_has_avx2=True, machine="x86_64"), "problem", "without WebP"),
-        (machine.images("12.1", None, ["WebP"], cpu_has_avx2=True, machine="x86_64"), "problem", "force-reinstall"),
-        (machine.images(None, None, [], cpu_has_avx2=True, machine="x86_64"), "problem", "cannot be imported"),
+        (machine.images("12.1", "avx2", [], cpu_has_avx2=True), "ok", "pillow-simd 12.1 (avx2)"),
+        (machine.images("12.1", None, [], cpu_has_avx2=False), "ok", "Pillow 12.1"),
+        (machine.images("12.1", "sse4", [], cpu_has_avx2=True), "warning", "install_pillow_simd.sh"),
+        (machine.images("12.1", "sse4", [], cpu_has_avx2=False), "ok", "sse4"),
+        (machine.images("12.1", "avx2", [], cpu_has_avx2=False), "problem", "--no-avx2"),
+        (machine.images("12.1", "avx2", ["WebP"], cpu_has_avx2=True), "problem", "without WebP"),
+        (machine.images("12.1", None, ["WebP"], cpu_has_avx2=True), "problem", "force-reinstall"),
+        (machine.images(None, None, [], cpu_has_avx2=True), "problem", "cannot be imported"),
+        (machine.decoder({}, machine="x86_64"), "problem", "none works"),
+        (machine.decoder({"pillow": 300}, machine="x86_64"), "warning", "pip install 'seer[fast]'"),
+        (machine.decoder({"pillow-simd": 1234}, machine="x86_64"), "ok", "pip install 'seer[fast]'"),
+        (machine.decoder({"simplejpeg": 600, "pillow": 3}, machine="x86_64"), "ok", "install_pillow_simd.sh"),
+        (machine.decoder({"simplejpeg": 600, "pillow": 3}, machine="arm64"), "ok", "simplejpeg 600, pillow 3; None"),
+        (machine.decoder({"simplejpeg+pillow-simd": 1234}, machine="x86_64"), "ok", "1,234; None"),
         (machine.shared_memory((8 * GIB, 8 * GIB)), "ok", "8.00 GiB free"),
         (machine.shared_memory((64 << 20, 64 << 20)), "warning", "--shm-size"),
         (machine.shared_memory((8 * GIB, 1 << 20)), "warning", "dead programs"),
@@ -90,6 +96,13 @@ def test_facts_become_findings(finding: Finding, level: str, words: str) -> None
     assert finding.level == level
     assert words in f"{finding.message}; {finding.remedy}"
     assert level == "ok" or finding.remedy
+
+
+def test_every_installed_decoder_is_measured_in_a_second() -> None:
+    began = time.process_time()
+    speeds = machine._images_a_second()
+    assert time.process_time() - began < 3
+    assert list(speeds) == installed_decoders() and min(speeds.values()) > 10
 
 
 def test_interfaces_of_this_machine() -> None:

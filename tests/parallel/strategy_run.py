@@ -53,7 +53,7 @@ def started(folder: str, shards: str, strategy: str, *overrides: str) -> tuple[T
     validate(config, world_size=ranks)
     chosen = "single" if ranks == 1 else strategy
     state = fresh_state(config, device=CPU, strategy=chosen, learning_rate=0.1)
-    return state, step_settings(config, CPU), build.stream(config, workers=0).batches(0)
+    return state, step_settings(config, CPU), build.stream(config, workers=0, decoder="pillow").batches(0)
 
 
 def losses_and_weights(

@@ -164,7 +164,7 @@ def batches_of(config: TrainConfig) -> list[torch.Tensor]:
     run = RunDirectory.open(config.run_dir, freeze(config)) if first else RunDirectory.join(config.run_dir, {})
     with run:
         history = agreed_history(config, run, 2, *opened)
-    stream = build.stream(config, workers=0, opened=opened, history=history)
+    stream = build.stream(config, workers=0, decoder="pillow", opened=opened, history=history)
     found = stream.batches(4)
     return [next(found).crops[0].clone() for _ in range(5)]
 
@@ -182,7 +182,7 @@ def test_two_ranks_make_the_batches_of_one(tmp_path: Path, collection: Path, liv
 
 
 def _former(config: TrainConfig) -> DataStream:
-    return build.stream(config, workers=0)
+    return build.stream(config, workers=0, decoder="pillow")
 
 
 def other_shards(config: TrainConfig, other: TrainConfig) -> str:

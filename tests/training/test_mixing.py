@@ -37,4 +37,4 @@ def test_sources_in_fixed_shares(tmp_path: Path) -> None:
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["resolved"]["data.mixture"]["value"] == {"one": 6, "other": 2}
     assert saved["data"]["mixture"] == [["one", 3.0, 3], ["other", 1.0, 1]]
-    assert "mixture" not in build.stream(tiny_config(tmp_path / "run", one), workers=0).identity()
+    assert "mixture" not in build.stream(tiny_config(tmp_path / "run", one), workers=0, decoder="pillow").identity()

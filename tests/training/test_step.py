@@ -33,7 +33,7 @@ def start(config: TrainConfig) -> tuple[TrainState, StepSettings]:
 def test_one_infinite_pixel_changes_nothing(tmp_path: Path, shards: str, overrides: tuple[str, ...]) -> None:
     config = tiny_config(tmp_path / "run", shards, *overrides)
     state, settings = start(config)
-    batches = build.stream(config, workers=0).batches(0)
+    batches = build.stream(config, workers=0, decoder="pillow").batches(0)
     for _ in range(4):  # momentum, statistics and queue are no longer what they were at the start
         train_step(state, float_crops(next(batches), settings), settings)
     crops = float_crops(next(batches), settings)
@@ -57,13 +57,15 @@ def test_one_infinite_pixel_changes_nothing(tmp_path: Path, shards: str, overrid
 def test_a_step_draws_from_no_global_stream(tmp_path: Path, shards: str, no_global_randomness: None) -> None:
     config = tiny_config(tmp_path / "run", shards)
     state, settings = start(config)
-    train_step(state, float_crops(next(build.stream(config, workers=0).batches(0)), settings), settings)
+    train_step(
+        state, float_crops(next(build.stream(config, workers=0, decoder="pillow").batches(0)), settings), settings
+    )
 
 
 def test_the_loss_falls_on_one_batch(tmp_path: Path, shards: str) -> None:
     config = tiny_config(tmp_path / "run", shards, "train.precision=fp64")
     state, settings = start(config)
-    crops = float_crops(next(build.stream(config, workers=0).batches(0)), settings)
+    crops = float_crops(next(build.stream(config, workers=0, decoder="pillow").batches(0)), settings)
     set_learning_rate(state.optimizer, 3e-3)
     losses = [float(train_step(state, crops, settings).figures["loss"]) for _ in range(25)]
     assert losses[-1] < losses[0] - 0.2
