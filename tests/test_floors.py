@@ -50,7 +50,7 @@ WITHOUT_TORCH = (
             "photometric_parameters",
         )
     ),
-    *("data/assembly", "data/pool", "data/shard_cache", "data/fetching"),
+    *("data/assembly", "data/pool", "data/ring", "data/worker", "data/shard_cache", "data/fetching"),
     *("cli/__init__", "cli/main", "cli/arguments", "cli/launch", "cli/train", "cli/runs", "cli/doctor"),
     *(f"launching/{name}" for name in ("cluster", "entry", "folder", "follow", "local", "machine", "placement")),
     *(f"launching/{name}" for name in ("slurm", "submission", "tail")),

@@ -42,11 +42,13 @@ class BadSample:
     Attributes:
         shard: path of the tar.
         sample: its place in the shard.
+        key: its name in the shard, without extension.
         reason: one word (see `seer.data.decode.BadImage`), or `KILLED_WORKER`.
     """
 
     shard: str
     sample: int
+    key: str
     reason: str
 
 
@@ -236,7 +238,8 @@ class BatchAssembler:
         )
 
     def _bad(self, place: _Place, reason: str) -> BadSample:
-        return BadSample(self.shard_path(place.shard), place.sample, reason)
+        key = self._reader.key(self._shards[place.shard], place.sample)
+        return BadSample(self.shard_path(place.shard), place.sample, key, reason)
 
     def _candidates(self, batch_index: int, shard: int, sample: int) -> Iterator[tuple[int, int]]:
         counts = self._order.counts

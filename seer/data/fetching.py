@@ -24,8 +24,9 @@ import numpy as np
 from seer.data.growth import GrowingOrder
 from seer.data.mixture import MixedOrder
 from seer.data.order import Int64s
-from seer.data.pool import leave_signals_to_the_parent, memory_file
+from seer.data.ring import memory_file
 from seer.data.shard_cache import ShardCache, say
+from seer.data.worker import leave_signals_to_the_parent
 from seer.errors import UserError, shown
 from seer.remote import Reading, is_remote
 from seer.shard_list import ListedShard

@@ -13,9 +13,7 @@ make a training under way copy its memory page by page, as it would beside a for
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
-import mmap
 import os
 import pickle
 import selectors
@@ -23,21 +21,22 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seer.data.assembly import BadSample, BatchAssembler
+from seer.data.ring import At, Ring, memory_file
+from seer.data.worker import serve_forked
 from seer.errors import UserError
 
 DEADLINE_SECONDS = 120.0
@@ -54,7 +53,6 @@ _DEATHS, _DEATHS_BY_SIGKILL = 2, 3
 # Deaths without an answer in between after which there is no hope; four more for each worker.
 _HOPELESS = 16
 _GONE_SECONDS = 5.0  # a killed process is gone by then, unless the kernel itself is stuck in a read
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class BatchPool:
         tasks_a_batch = -(-assembler.images // self._rows_a_task)
         # Beyond the batch that is asked for: one, and as many as hold two tasks for each worker.
         self._ahead = 1 + -(-2 * workers // tasks_a_batch) if workers else 0
-        self._ring = _Ring(assembler, _HELD + self._ahead, workers)
+        self._ring = Ring(assembler, _HELD + self._ahead, workers)
         self._asked = self._submitted = first
         self._filling: dict[int, _Filling] = {}
         self._selector = selectors.PollSelector()  # of all kinds the one without a file that a fork would share
@@ -234,7 +232,7 @@ class BatchPool:
     def _quarantine_message(self) -> list[Any]:
         return ["quarantine", sorted(self._assembler.quarantine)]
 
-    def _tell(self, cause: str | None, at: _At) -> None:
+    def _tell(self, cause: str | None, at: At) -> None:
         """One line of the first death; how many follow is for who reads `deaths`."""
         what = f"hung for {self._deadline:g} s" if cause is None else f"died ({cause})"
         remedy = (
@@ -249,12 +247,12 @@ class BatchPool:
             flush=True,
         )
 
-    def _place(self, at: _At) -> str:
+    def _place(self, at: At) -> str:
         if at.sample >= 0:
             return f", at sample {at.sample} of shard {self._assembler.shard_path(at.shard)}"
         return "" if at.shard < 0 else f", reading shard {self._assembler.shard_path(at.shard)}"
 
-    def _give_up(self, how: str, at: _At) -> NoReturn:
+    def _give_up(self, how: str, at: At) -> NoReturn:
         raise UserError(
             f"{self._deaths_in_a_row} data workers died one after another (the last one {how}{self._place(at)})",
             "memory ran out, the disk does not answer, or the decoder does not fit this CPU or these images",
@@ -268,7 +266,7 @@ class BatchPool:
             if fork:
                 inherited = [ours, *(worker.socket for worker in self._workers)]
                 process: _Forked | subprocess.Popen[bytes] = _Forked(
-                    partial(_serve_forked, inherited, its, self._assembler, self._ring, number, os.getpid())
+                    partial(serve_forked, inherited, its, self._assembler, self._ring, number, os.getpid())
                 )
             else:
                 process = self._start_anew(its, number)
@@ -285,7 +283,7 @@ class BatchPool:
                 pickle.dump((self._assembler, self._ring.slots, self._ring.workers), file)
         files = (its.fileno(), self._ring.file, self._briefing)
         arguments = ", ".join(map(str, (*files, number, os.getpid())))
-        code = f"import sys; sys.path[:] = {sys.path!r}; from seer.data import pool; pool.serve_anew({arguments})"
+        code = f"import sys; sys.path[:] = {sys.path!r}; from seer.data import worker; worker.serve_anew({arguments})"
         # Its own process group: Ctrl-C in the terminal must not reach it before it has learnt to ignore it.
         return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=files, process_group=0)
 
@@ -314,7 +312,7 @@ class _Task:
     def message(self) -> list[Any]:
         return ["fill", self.batch_index, self.rows.start, self.rows.stop]
 
-    def alone(self, at: _At) -> _Task:
+    def alone(self, at: At) -> _Task:
         suspect = (at.shard, at.sample)
         deaths = 1 + (self.deaths if self.suspect == suspect else 0)
         return _Task(self.batch_index, range(at.row, at.row + 1), suspect, deaths)
@@ -394,74 +392,13 @@ class _Worker:
         *lines, self._received = (self._received + data).split(b"\n")
         return [tuple(json.loads(line)) for line in lines]
 
-    def hangs(self, at: _At, deadline: float) -> bool:
+    def hangs(self, at: At, deadline: float) -> bool:
         if not self.tasks:
             return False
         now = time.monotonic()
         if at.beat != self._beat:
             self._beat, self._since = at.beat, now
         return now - self._since > deadline * (1 if at.sample >= 0 else _READING)
-
-
-class _At(NamedTuple):
-    """What a worker is at: a count that grows whenever that changes; -1 for what there is not."""
-
-    beat: int
-    row: int
-    shard: int
-    sample: int
-
-
-class _Slot(NamedTuple):
-    crops: list[NDArray[np.uint8]]
-    photometric: list[NDArray[np.float32]]
-
-
-class _Ring:
-    """Shared memory: what each worker is at, then the slots.
-
-    It is a file without a name (memfd): it is gone with the last process that has it open, however that ends, and
-    /dev/shm, which is small in containers, has no part in it.
-    """
-
-    def __init__(self, assembler: BatchAssembler, slots: int, workers: int, file: int | None = None) -> None:
-        self.slots, self.workers = slots, workers
-        page = mmap.PAGESIZE
-        sizes = [_rounded(int(np.prod(shape)) * np.dtype(kind).itemsize, 64) for shape, kind in assembler.layout]
-        head, size = _rounded(64 * workers, page), _rounded(sum(sizes), page)
-        if file is None and workers:
-            file = memory_file()
-            os.ftruncate(file, head + slots * size)
-        self.file = -1 if file is None else file
-        memory = mmap.mmap(self.file, head + slots * size)  # lives as long as an array that looks at it
-        self.memory = np.frombuffer(memory, np.uint8)
-        self._at = np.frombuffer(memory, np.int64, 8 * workers).reshape(workers, 8)
-        self._slots = []
-        for number in range(slots):
-            arrays: list[NDArray[Any]] = []
-            place = head + number * size
-            for (shape, kind), length in zip(assembler.layout, sizes, strict=True):
-                arrays.append(np.frombuffer(memory, kind, int(np.prod(shape)), place).reshape(shape))
-                place += length
-            self._slots.append(_Slot(arrays[: assembler.resolutions], arrays[assembler.resolutions :]))
-
-    def slot(self, batch_index: int) -> _Slot:
-        return self._slots[batch_index % self.slots]
-
-    def announce(self, worker: int, row: int, shard: int, sample: int) -> None:
-        cell = self._at[worker]
-        cell[3] = -1  # whoever is killed in the middle of this is at nothing
-        cell[1], cell[2] = row, shard
-        cell[3] = sample
-        cell[0] += 1
-
-    def at(self, worker: int) -> _At:
-        return _At(*self._at[worker, :4].tolist())
-
-    def close(self) -> None:
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
 
 
 class _Forked:
@@ -505,18 +442,6 @@ class _Forked:
         return self._code
 
 
-def _rounded(size: int, to: int) -> int:
-    return -(-size // to) * to
-
-
-def memory_file() -> int:
-    """A file without a name: it is gone with the last process that has it open."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("seer-batches", os.MFD_CLOEXEC)
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
 def _cause(code: int | None) -> str:
     if code is None:
         return "cannot be ended"
@@ -526,71 +451,3 @@ def _cause(code: int | None) -> str:
         return f"by {signal.Signals(-code).name}" + ": out of memory?" * (code == -signal.SIGKILL)
     except ValueError:
         return f"by signal {-code}"
-
-
-# What runs in a worker.
-
-
-def serve_anew(task_file: int, ring_file: int, briefing: int, number: int, parent: int) -> None:
-    """A worker that was started anew, with the files that it was handed."""
-    leave_signals_to_the_parent(parent)
-    its = socket.socket(fileno=task_file)
-    try:
-        with mmap.mmap(briefing, 0, prot=mmap.PROT_READ) as written:
-            assembler, slots, workers = pickle.loads(written)
-        ring = _Ring(assembler, slots, workers, ring_file)
-    except Exception:
-        its.sendall(_line("bug", traceback.format_exc()))
-        return
-    _serve(its, assembler, ring, number)
-
-
-def _serve_forked(
-    inherited: Sequence[socket.socket],
-    its: socket.socket,
-    assembler: BatchAssembler,
-    ring: _Ring,
-    number: int,
-    parent: int,
-) -> None:
-    leave_signals_to_the_parent(parent)
-    for other in inherited:  # else the others would not see the end of a parent that dies
-        other.close()
-    _serve(its, assembler, ring, number)
-
-
-def _serve(its: socket.socket, assembler: BatchAssembler, ring: _Ring, number: int) -> None:
-    assembler.prepare_worker()
-    assembler.announce = partial(ring.announce, number)
-    with its.makefile("rb") as lines:
-        for line in lines:
-            word, *what = json.loads(line)
-            if word == "quarantine":
-                assembler.quarantine.update((shard, sample) for shard, sample in what[0])
-                continue
-            batch_index, start, stop = what
-            slot = ring.slot(batch_index)
-            try:
-                bad = assembler.fill(batch_index, range(start, stop), slot.crops, slot.photometric)
-                answer = _line("bad", [astuple(sample) for sample in bad])
-            except UserError as error:
-                answer = _line("user_error", [error.what, error.rule, error.remedy])
-            except Exception:
-                answer = _line("bug", traceback.format_exc())
-            ring.announce(number, -1, -1, -1)  # what kills it between two tasks is nobody's fault
-            its.sendall(answer)
-
-
-def leave_signals_to_the_parent(parent: int) -> None:
-    """For a process that lives as long as its parent and no longer: it ignores what the parent is told by signals."""
-    # The run's own handlers and the terminal's Ctrl-C are for the main process, which ends the workers when it is done.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before
-            os._exit(1)
-
-
-def _line(kind: str, what: Any) -> bytes:
-    return json.dumps([kind, what]).encode() + b"\n"

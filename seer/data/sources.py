@@ -7,6 +7,7 @@ request.
 from __future__ import annotations
 
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -18,6 +19,8 @@ from seer.shard_index import ShardIndex
 
 # Far below the usual limit of 1,024 open files a process; opening again costs microseconds on a local disk.
 _OPEN_FILES = 128
+_BLOCK = 512  # of a tar: a header takes one
+_PAX_PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]*)\n")
 
 
 class ShardReader:
@@ -43,7 +46,23 @@ class ShardReader:
             UserError: the tar is gone, cannot be read, or is not the one that was indexed (its size differs; of one
                 that is fetched as a whole, its bytes).
         """
-        offset, size = int(shard.offsets[sample]), int(shard.sizes[sample])
+        return self._bytes(shard, int(shard.offsets[sample]), int(shard.sizes[sample]), alive)
+
+    def key(self, shard: ShardIndex, sample: int) -> str:
+        """What WebDataset calls a sample: the image's name in the tar, up to the first dot behind the last slash.
+
+        Of a name that takes more than a block of 512 bytes (GNU, pax) only what the plain header holds is known.
+
+        Raises:
+            UserError: as `read`.
+        """
+        end = int(shard.offsets[sample])
+        start = max(0, end - 3 * _BLOCK)
+        name = _name(self._bytes(shard, start, end - start, nothing)).decode("utf-8", "replace")
+        folder, slash, file = name.rpartition("/")
+        return folder + slash + file.partition(".")[0]
+
+    def _bytes(self, shard: ShardIndex, offset: int, size: int, alive: Callable[[], None]) -> bytes:
         try:
             file = self._open(shard, alive)
             if file is None:
@@ -93,6 +112,18 @@ class ShardReader:
         for path in [path for path, file in self._files.items() if os.fstat(file).st_nlink == 0]:
             os.close(self._files.pop(path))
         return self._cache.open(shard, alive)
+
+
+def _name(blocks: bytes) -> bytes:
+    """The name of a member of a tar by the last blocks before it; the file is sound, it was indexed."""
+    extended, long, header = (blocks[-at : len(blocks) - at + _BLOCK] for at in (3 * _BLOCK, 2 * _BLOCK, _BLOCK))
+    kind = extended[156:157] if extended[257:262] == b"ustar" else b""
+    if kind == b"L" and b"\0" in long:
+        return long.partition(b"\0")[0]
+    if kind == b"x" and (path := _PAX_PATH.search(long)):
+        return path[1]
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return b"/".join(filter(None, (prefix, header[:100].partition(b"\0")[0])))
 
 
 def _open_local(shard: ShardIndex) -> int:

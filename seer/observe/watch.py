@@ -24,6 +24,8 @@ class BadSample(Protocol):
     @property
     def sample(self) -> int: ...
     @property
+    def key(self) -> str: ...
+    @property
     def reason(self) -> str: ...
 
 
@@ -47,7 +49,13 @@ class Quarantine:
         """
         for sample in bad:
             self._file.write(
-                {"step": step, "shard": str(sample.shard), "sample": int(sample.sample), "reason": sample.reason}
+                {
+                    "step": step,
+                    "shard": str(sample.shard),
+                    "sample": int(sample.sample),
+                    "key": sample.key,
+                    "reason": sample.reason,
+                }
             )
 
 

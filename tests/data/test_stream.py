@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from seer.data.crops import CropSpec, evaluation_crop
 from seer.data.decode import ImageLimits, decode
@@ -34,6 +35,7 @@ from seer.data.stream import BadSample, Batch, DataStream
 from seer.errors import UserError
 from seer.shard_index import ShardIndex
 from seer.shard_list import ShardList
+from seer.shards.index import index_tar
 
 SPECS = [CropSpec(2, 24, 0.3, 1.0), CropSpec(3, 16, 0.1, 0.4)]
 BROKEN = {(0, 3): "not_an_image", (1, 0): "truncated", (1, 1): "truncated", (2, 4): "not_an_image"}
@@ -300,7 +302,9 @@ def test_a_replacement_equals_the_follower_in_the_same_slot(tmp_path: Path) -> N
     images = [picture(sample) for sample in range(6)]
     copied = ShardList([write_shard(tmp_path / "copied" / "train-000.tar", [*images[:5], images[0]])])
     (one,), (other,) = take(open_stream(broken), 0, 1), take(open_stream(copied), 0, 1)
-    assert one.bad == [BadSample(str(tmp_path / "broken" / "train-000.tar"), 5, "truncated")] and other.bad == []
+    assert (
+        one.bad == [BadSample(str(tmp_path / "broken" / "train-000.tar"), 5, "000005", "truncated")] and other.bad == []
+    )
     assert torch.equal(one.crops[0], other.crops[0]) and torch.equal(one.crops[1], other.crops[1])
 
 
@@ -481,3 +485,19 @@ def test_a_parent_that_closes_nothing_still_exits(parent: tuple[subprocess.Popen
     process.stdin.close()
     assert process.wait(timeout=20) == 0
     assert not any(map(alive, workers))
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_sample_is_called_as_webdataset_calls_it(tmp_path: Path, kind: int) -> None:
+    names = ["a.jpg", "b/c.d.jpg", "./www.site.jpg", "ü/ñ.png", f"{'d' * 90}/{'e' * 80}.jpg", f"{'f' * 90}.x.jpg"]
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"abc"))
+    index, _ = index_tar(path)
+    keys = [ShardReader().key(index, sample) for sample in range(len(index))]
+    with path.open("rb") as stream:
+        expected = [sample["__key__"] for sample in group_by_keys(tar_file_expander([{"url": "", "stream": stream}]))]
+    assert keys == expected

@@ -75,7 +75,7 @@ def record(
 
 
 def bad(sample: int) -> SimpleNamespace:
-    return SimpleNamespace(shard="a.tar", sample=sample, reason="truncated")
+    return SimpleNamespace(shard="a.tar", sample=sample, key="k", reason="truncated")
 
 
 def test_lines_and_their_keys(run):
@@ -123,7 +123,7 @@ def test_the_quarantine_lists_each_sample_and_forgets_steps_that_are_taken_again
     quarantine = Quarantine(run, 0)
     for step in (1, 4):
         quarantine.record(step, [bad(step), bad(step + 10)])
-    wanted = [{"step": 1, "shard": "a.tar", "sample": sample, "reason": "truncated"} for sample in (1, 11)]
+    wanted = [{"step": 1, "shard": "a.tar", "sample": sample, "key": "k", "reason": "truncated"} for sample in (1, 11)]
     Quarantine(run, 2)
     assert MetricsFile(run.quarantine()).read() == wanted
 

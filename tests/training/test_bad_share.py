@@ -24,7 +24,7 @@ def stopped_at(bad_of_step: list[int], *, most: float = 0.05, batch: int = 100, 
     watched = BadShare(most, global_batch_size=batch, step=step, bad_samples=total, lists="LIST")
     for number, bad in enumerate(bad_of_step, start=step + 1):
         total += bad
-        names = [BadSample("a.tar", 0, "truncated" if place % 3 else "not_an_image") for place in range(bad)]
+        names = [BadSample("a.tar", 0, "0", "truncated" if place % 3 else "not_an_image") for place in range(bad)]
         try:
             watched.observe(number, total, names)
         except UserError as error:
@@ -80,7 +80,7 @@ def bad_on_one_rank() -> tuple[int, str, str]:
     total = torch.tensor(0)
     watched = BadShare(0.05, global_batch_size=100, step=0, bad_samples=total, lists="LIST")
     for step in range(1, 100):
-        own = [BadSample("a.tar", 0, "truncated")] * (20 if distributed.rank() == 1 else 0)
+        own = [BadSample("a.tar", 0, "0", "truncated")] * (20 if distributed.rank() == 1 else 0)
         total += distributed.sum_over_ranks(torch.tensor(len(own)))
         try:
             watched.observe(step, total, own)
