@@ -44,7 +44,7 @@ def folder_of(location: str) -> str:
 
 
 def read(folder: str | Path) -> dict[str, Any] | None:
-    """FOLDER/manifest.json, or None where there is none or where it is somebody else's.
+    """FOLDER/manifest.json, or None where there is none, or where somebody else has written or edited it.
 
     Raises:
         UserError: an address that cannot be reached.
@@ -64,7 +64,14 @@ def read(folder: str | Path) -> dict[str, Any] | None:
         raise
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+    return content if isinstance(content, dict) and content.get("format") == FORMAT and _names_shards(content) else None
+
+
+def _names_shards(content: dict[str, Any]) -> bool:
+    shards = content.get("shards")
+    return isinstance(shards, list) and all(
+        isinstance(shard, dict) and isinstance(shard.get("name"), str) for shard in shards
+    )
 
 
 def class_names(folder: str | Path) -> list[str]:

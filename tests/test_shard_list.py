@@ -129,6 +129,7 @@ def test_a_list_that_does_not_fit_its_indexes_is_told(tmp_path: Path, monkeypatc
         7,
         None,
         {"name": "a.tar", "samples": -1, "bytes": 1000, "digest": "ab" * 16},
+        {"name": "a.tar", "samples": 10**30, "bytes": 1000, "digest": "ab" * 16},
         {"name": "a.tar", "samples": 3.0, "bytes": 1000, "digest": "ab" * 16},
         {"name": "a.tar", "samples": 3, "bytes": 1000, "digest": 7},
         {"name": "a.tar", "samples": 3, "bytes": 1000, "digest": "AB"},
@@ -139,6 +140,14 @@ def test_an_edited_list_is_passed_over(tmp_path: Path, entry: object) -> None:
     shard(tmp_path / "a.tar", 4)
     content = {"format": shard_manifest.FORMAT, "samples": 3, "shards": [entry]}
     (tmp_path / shard_manifest.NAME).write_text(json.dumps(content))
+    assert ShardList.open(f"{tmp_path}/*.tar").samples == 4
+
+
+@pytest.mark.parametrize("shards", [None, 5, {}, [{}], ["a.tar"], [{"name": ["a.tar"]}]])
+def test_a_manifest_whose_shards_have_no_names_is_nobodys(tmp_path: Path, shards: object) -> None:
+    (tmp_path / shard_manifest.NAME).write_text(json.dumps({"format": shard_manifest.FORMAT, "shards": shards}))
+    assert shard_manifest.read(tmp_path) is None
+    shard(tmp_path / "a.tar", 4)
     assert ShardList.open(f"{tmp_path}/*.tar").samples == 4
 
 
