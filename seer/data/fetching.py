@@ -146,7 +146,7 @@ def _follow(briefing: Briefing, at: int) -> None:
     received = b""
     while True:
         plan = _plan(briefing, at)
-        if plan != planned:
+        if plan != planned or not cache.is_published():
             now, later = ([briefing.shards[number] for number in numbers] for numbers in plan)
             cache.publish(now, later)
             planned = plan

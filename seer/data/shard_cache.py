@@ -150,7 +150,9 @@ class ShardCache:
         """
         needs = [{self.name(tar): tar.tar_size for tar in tars} for tars in (now, later)]
         with self._counting():
-            if self._needs_file < 0:
+            if not self.is_published():
+                if self._needs_file >= 0:
+                    os.close(self._needs_file)
                 # Containers on one machine may have the same name and numbers.
                 path = self._folder / f"needs-{self._host}-{os.getpid()}-{os.urandom(4).hex()}"
                 self._needs_file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -162,6 +164,10 @@ class ShardCache:
                 with contextlib.suppress(OSError):
                     os.utime(self._folder / f"{name}.shard")
             self._needs = set().union(*needs)
+
+    def is_published(self) -> bool:
+        """Whether others can see what this rank needs; not once the folder was cleared away."""
+        return self._needs_file >= 0 and os.fstat(self._needs_file).st_nlink > 0
 
     def needed_bytes(self) -> int:
         """Bytes of what the living ranks of this machine need together, now and later."""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -388,6 +389,17 @@ def test_a_folder_cleared_under_its_users(server: WebServer, tmp_path: Path) -> 
     content(cache, tar)
     subprocess.run(["rm", "-r", tmp_path / "cache"], check=True)
     assert content(cache, tar) == source(server, tar)
+
+
+def test_what_is_needed_is_told_again_where_the_folder_was_cleared(server: WebServer, tmp_path: Path) -> None:
+    one, other, (first, second) = cache_of(tmp_path), cache_of(tmp_path), tars_of(server, 2)
+    assert not one.is_published()
+    one.publish([first], [])
+    assert one.is_published() and other.needed_bytes() == SIZE
+    shutil.rmtree(tmp_path / "cache")
+    assert not one.is_published() and other.needed_bytes() == 0
+    one.publish([first], [second])
+    assert one.is_published() and other.needed_bytes() == 2 * SIZE
 
 
 def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
