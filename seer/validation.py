@@ -102,7 +102,7 @@ def _validate_data(data: DataConfig, train: TrainSection) -> None:
         raise UserError("data.index_dir is empty", "it names a folder", "give one, or write null")
     if data.cache_dir == "":
         raise UserError("data.cache_dir is empty", "it names a folder", "give one, or write null")
-    _inside("data.cache_gb", data.cache_gb, 0, math.inf, open_above=True)
+    _inside("data.cache_gb", data.cache_gb, 0, 1e9)
     # A data worker that reads for longer is taken for one that hangs.
     _inside("data.io_timeout_seconds", data.io_timeout_seconds, 1, 500)
     _at_least("data.workers", data.workers, 0)

@@ -81,6 +81,7 @@ def test_accepted(values: dict[str, Any]) -> None:
         ({"data__workers": -1}, "data.workers=-1: at least 0"),
         ({"data__cache_dir": ""}, "data.cache_dir is empty"),
         ({"data__cache_gb": -1.0}, "data.cache_gb=-1: at least 0"),
+        ({"data__cache_gb": 1e300}, "data.cache_gb=1e+300: at least 0"),
         ({"data__io_timeout_seconds": 501}, "data.io_timeout_seconds=501: at least 1 and at most 500"),
         ({"data__large__count": 1}, "at least 2"),
         ({"data__small__count": -1}, "data.small.count=-1"),
