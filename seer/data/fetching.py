@@ -212,7 +212,7 @@ class _Downloads:
             try:
                 if not self._cache.fetch(shard, _PATIENCE_SECONDS):
                     self._no_room()
-            except UserError:
+            except (UserError, OSError):
                 time.sleep(1.0)  # whoever needs it will tell; this one tries again
             finally:
                 with self._changed:

@@ -71,7 +71,7 @@ class History:
             }
             if not all(of_source and of_source[0].chapter == (0, 0) for of_source in found.values()):
                 raise ValueError
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, OverflowError):
             raise UserError(
                 f"{file} is not a run's list of shards",
                 "it is written by seer and not edited",
