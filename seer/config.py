@@ -96,8 +96,8 @@ class DataConfig:
     workers: int | None = None
     """Processes that decode and crop; 0 does it in the main process. Default: from the number of cores."""
     decoder: str = "auto"
-    """Which libraries make the crops, a name of seer.decoders.DECODERS; `auto`: the fastest that is installed. It shows
-    in the pixels, so a run keeps the one it began with."""
+    """Which libraries make the crops: pillow, pillow-simd, simplejpeg, simplejpeg+pillow-simd; `auto`: the fastest that
+    is installed. It shows in the pixels, so a run keeps the one it began with."""
     lanes: int | None = None
     """Parts of a batch that read shards of their own, a divisor of the global batch. Default: 1, or up to 64 where the
     images are so many that they are mixed in windows."""

@@ -216,7 +216,8 @@ def _limit(patience: float) -> float:
 
 def _persistently(action: Callable[[], T], url: str, patience: float) -> T:
     """Does it, again and again while the failure is one that passes, with growing pauses."""
-    end, pause = time.monotonic() + patience, _PAUSE_SECONDS
+    began, pause = time.monotonic(), _PAUSE_SECONDS
+    end = began + patience
     chance = random.SystemRandom()  # ranks that failed together should not come back together
     while True:
         try:
@@ -232,11 +233,17 @@ def _persistently(action: Callable[[], T], url: str, patience: float) -> T:
         if time.monotonic() + wait > end:
             raise UserError(
                 f"{url} cannot be read ({reason})",
-                f"it was tried again for {patience:g} s",
-                "check the network and the server, then give the same command again",
+                f"it was tried again for {time.monotonic() - began:.1f} s",
+                f"check the network and the server{_endpoint(url)}, then give the same command again",
             )
         time.sleep(wait)
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def _endpoint(url: str) -> str:
+    """Which server a bucket is asked from, where the environment says so."""
+    server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return f" (AWS_ENDPOINT_URL={server})" if server and url.startswith("s3:") else ""
 
 
 def _status(error: BaseException) -> int:
@@ -271,7 +278,7 @@ def _words(error: Exception) -> str:
     name = type(error).__name__
     if isinstance(error, TimeoutError) or "Timeout" in name:
         return "it does not answer in time"
-    return f"it cannot be reached: {name}" if "Connect" in name else f"the connection failed: {name}"
+    return "it cannot be reached" if "Connect" in name else f"the connection failed: {name}"
 
 
 def _refusal(url: str, error: Exception, status: int) -> UserError:

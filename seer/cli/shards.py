@@ -285,8 +285,8 @@ def _export(argv: Sequence[str]) -> int:
             make_folder(idx_dir)
         with _progress("listing") as progress:
             samples = dali.export(tars, idx_dir, progress=progress, **asked)
-        place = dali.idx_path(tars[0], idx_dir).parent
-        print(f"{place}/*.idx: {many(samples, 'sample')} in {many(len(tars), 'shard')}")
+        place = "beside the tars" if idx_dir is None else f"in {idx_dir}"
+        print(f"NAME.idx {place}: {many(samples, 'sample')} in {many(len(tars), 'shard')}")
     return 0
 
 

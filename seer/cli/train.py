@@ -142,7 +142,7 @@ def documentation() -> dict[str, str]:
                     and isinstance(line.target, ast.Name)
                     and isinstance(below, ast.Expr)
                 ):
-                    docs[section.name, line.target.id] = str(ast.literal_eval(below.value))
+                    docs[section.name, line.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
     return {key: docs[_owner(key)] for key in key_types()}
 
 

@@ -25,6 +25,7 @@ from seer.data.mixture import SourceShare, order_of
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.pool import DEADLINE_SECONDS, BatchPool
 from seer.errors import UserError
+from seer.remote import is_remote
 from seer.shard_list import ShardList, list_digest
 
 __all__ = ["BadSample", "Batch", "DataStream", "QuarantinedSample"]
@@ -203,6 +204,12 @@ class DataStream:
             self._pool.quarantine(found)
         else:
             self._assembler.quarantine |= found
+
+    @property
+    def remote_shards(self) -> tuple[int, int]:
+        """How many shards lie behind addresses, and their bytes."""
+        sizes = [shard.tar_size for shard in self._shards.listed if is_remote(shard.location)]
+        return len(sizes), sum(sizes)
 
     @property
     def memory(self) -> NDArray[np.uint8]:

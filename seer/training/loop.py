@@ -305,6 +305,11 @@ def _introduce(
     for key, (value, reason) in resolved.items():
         if reason != "given":
             print(f"  {key} = {value}: {reason}")
+    remote, remote_bytes = stream.remote_shards
+    if remote:
+        cache = reading(config.data)
+        kept = f"kept in {cache.cache_folder}, at most {config.data.cache_gb:g} GB" if cache.cache_bytes else "not kept"
+        print(f"  {remote:,} remote shard{'s' * (remote > 1)} ({remote_bytes / 1e9:.3g} GB), {kept}")
     if state.step:
         print(f"  going on from step {state.step:,}")
     print(f"  first news after {config.train.log_every_steps} steps", flush=True)
