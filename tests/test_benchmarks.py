@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,18 +19,22 @@ from seer.decoders import installed_decoders
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_step_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
-    out = tmp_path / "step.json"
-    script = ROOT / "benchmarks" / "bench_step.py"
+def last_line(script: str, *arguments: str | Path) -> Any:
+    """What a benchmark ends with, from a process of its own."""
     ran = subprocess.run(
-        [sys.executable, script, "--quick", "--model", "tiny", "--threads", "1", "--out", out],
+        [sys.executable, ROOT / "benchmarks" / script, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=170,
     )
     assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout.splitlines()[-1])
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_step_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    told = last_line("bench_step.py", "--quick", "--model", "tiny", "--threads", "1", "--out", out)
     assert told.keys() == {"tiny_ratio", "outside_backbone_share", "observer_overhead"}
     assert told["outside_backbone_share"].keys() == {"tiny"}
     written = json.loads(out.read_text())
@@ -43,16 +48,7 @@ def test_step_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_checkpoint_benchmark_ends_with_its_ratios(tmp_path: Path, ranks: int) -> None:
     out = tmp_path / "checkpoint.json"
-    script = ROOT / "benchmarks" / "bench_checkpoint.py"
-    ran = subprocess.run(
-        [sys.executable, script, "--quick", "--ranks", str(ranks), "--folder", tmp_path, "--out", out],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout.splitlines()[-1])
+    told = last_line("bench_checkpoint.py", "--quick", "--ranks", str(ranks), "--folder", tmp_path, "--out", out)
     assert told["save_ratio"] > 0 and told["load_ratio"] > 0 and told["stall_seconds"] > 0
     assert 8 < told["megabytes"] < 12
     written = json.loads(out.read_text())
@@ -62,16 +58,7 @@ def test_checkpoint_benchmark_ends_with_its_ratios(tmp_path: Path, ranks: int) -
 
 
 def test_pack_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
-    script = ROOT / "benchmarks" / "bench_pack.py"
-    ran = subprocess.run(
-        [sys.executable, script, "--quick", "--folder", tmp_path, "--out", tmp_path / "pack.json"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout.splitlines()[-1])
+    told = last_line("bench_pack.py", "--quick", "--folder", tmp_path, "--out", tmp_path / "pack.json")
     assert told.keys() == {
         "cp_wall_ratio", "cp_cpu_ratio", "tar_wall_ratio", "tar_cpu_ratio", "files_a_cpu_second",
     }  # fmt: skip
@@ -82,19 +69,11 @@ def test_pack_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_start_benchmark_ends_with_its_seconds(tmp_path: Path) -> None:
-    script = ROOT / "benchmarks" / "bench_start.py"
-    ran = subprocess.run(
-        [
-            *(sys.executable, script, "--images", "2000", "--rounds", "1", "--files"),
-            *("--folder", tmp_path, "--out", tmp_path / "start.json"),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=170,
+    told = last_line(
+        "bench_start.py",
+        *("--images", "2000", "--rounds", "1", "--files"),
+        *("--folder", tmp_path, "--out", tmp_path / "start.json"),
     )
-    assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout.splitlines()[-1])
     assert told["images"] == 2000
     assert told["first_step_seconds"] > 0 and told["small_seconds"] > 0
     assert told["pack_seconds"] >= told["listed_seconds"] > 0
@@ -104,16 +83,7 @@ def test_start_benchmark_ends_with_its_seconds(tmp_path: Path) -> None:
 
 def test_pool_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
     out = tmp_path / "pool.json"
-    script = ROOT / "benchmarks" / "bench_pool.py"
-    ran = subprocess.run(
-        [sys.executable, script, "--batch", "8", "--batches", "2", "--rounds", "1", "--out", out],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout.splitlines()[-1])
+    told = last_line("bench_pool.py", "--batch", "8", "--batches", "2", "--rounds", "1", "--out", out)
     assert told.keys() == {"main_ms", "main_ratio", "cpu_ratio", "speed_ratio", "cpu_efficiency"}
     assert json.loads(out.read_text())["summary"] == told
 
@@ -139,16 +109,9 @@ def test_loader_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
         pixels = np.random.default_rng(number).integers(0, 256, (8, 10, 3), np.uint8)
         Image.fromarray(pixels).resize((250, 190)).save(tmp_path / f"{number}.jpg")
     out = tmp_path / "loader.json"
-    script = ROOT / "benchmarks" / "bench_loader.py"
-    ran = subprocess.run(
-        [sys.executable, script, "--images", tmp_path, "--batch", "4", "--batches", "1", "--rounds", "1", "--out", out],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
+    told = last_line(
+        "bench_loader.py", "--images", tmp_path, "--batch", "4", "--batches", "1", "--rounds", "1", "--out", out
     )
-    assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout.splitlines()[-1])
     assert told.keys() == {"webdataset", "seer_pillow", "seer_wheels", "seer_simd", "seer_best", "dali"}
     here = {"seer_pillow": "pillow", "seer_wheels": "simplejpeg", "seer_simd": "pillow-simd"}
     for name, decoder in here.items():

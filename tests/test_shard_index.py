@@ -4,20 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from indexed_shards import shard
 
 from seer.errors import UserError
 from seer.shard_index import ShardIndex, index_path, load_index, save_index
-
-
-def shard(tar: Path, count: int = 3, *, digest: str = "ab" * 16, index_dir: Path | None = None) -> ShardIndex:
-    tar.parent.mkdir(parents=True, exist_ok=True)
-    tar.write_bytes(bytes(1000))
-    numbers = np.arange(count)
-    index = ShardIndex(
-        str(tar), numbers.astype(np.uint64) * 10, numbers.astype(np.uint32), numbers.astype(np.int32) - 1, 1000, digest
-    )
-    save_index(index, index_path(tar, index_dir))
-    return index
 
 
 def test_an_index_comes_back_as_it_was_saved(tmp_path: Path) -> None:

@@ -238,6 +238,7 @@ class BatchAssembler:
         )
 
     def _bad(self, place: _Place, reason: str) -> BadSample:
+        self.announce(place.row, place.shard, -1)  # its name is read: that may take longer than decoding
         key = self._reader.key(self._shards[place.shard], place.sample)
         return BadSample(self.shard_path(place.shard), place.sample, key, reason)
 

@@ -103,10 +103,6 @@ class ShardOrder:
         self._shard_at: Int64s = np.empty(0, np.int64)
         self._ends: Int64s = np.empty(0, np.int64)
 
-    def epoch(self, batch_index: int) -> int:
-        """The pass over the data that a batch belongs to, from 0."""
-        return batch_index // self.batches_per_epoch
-
     def positions(self, batch_index: int, slots: Int64s) -> tuple[Int64s, Int64s]:
         """Where the images of some slots of a global batch lie.
 
