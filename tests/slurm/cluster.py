@@ -95,10 +95,10 @@ class Cluster:
         self.script("node-up", str(node))
 
     def tidy(self) -> None:
-        """Cancel every job and mend both nodes, so that the next test finds an idle cluster."""
-        self.run("scancel", "--user=root")
+        """Mend both nodes and cancel every job, so that the next test finds an idle cluster."""
         for node in (1, 2):
             self.node_up(node)
+        self.run("scancel", "--user=root")
         until(lambda: not self.run("squeue", "--noheader").stdout, seconds=60, what="jobs are left in the queue")
 
 

@@ -225,6 +225,9 @@ bring_up() {
   ip link set "seer$id.$1" up
   start_slurmd "$1"
 }
+# slurmctld hears of the end of a job only from the slurmd that ended it: a new slurmd in a whole node, started at that
+# moment, leaves the job "completing" until slurmctld asks again after a minute.
+whole() { has_slurmd "$1" && [[ $(ip link show "seer$id.$1") == *,UP* ]] && takes_jobs "$1"; }
 await() { until_true 40 takes_jobs "$1" || fail "n$1 takes no jobs: $(sinfo -h -N -n "n$1" -p main -o '%T %E')"; }
 node() {
   n=${1#n}
@@ -287,9 +290,11 @@ case $command in
     node "${1:-}"
     # slurmctld looks at a lost node again only after a long while; a new slurmd introduces itself, and ends what still
     # runs there of jobs that went on elsewhere.
-    kill_slurmd "$n"
-    bring_up "$n"
-    await "$n"
+    whole "$n" || {
+      kill_slurmd "$n"
+      bring_up "$n"
+      await "$n"
+    }
     ;;
   stop) stop ;;
   clean)
