@@ -6,6 +6,7 @@ request.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import OrderedDict
@@ -20,6 +21,7 @@ from seer.shard_index import ShardIndex
 # Far below the usual limit of 1,024 open files a process; opening again costs microseconds on a local disk.
 _OPEN_FILES = 128
 _BLOCK = 512  # of a tar: a header takes one
+_SIZE_FIELD = slice(124, 136)  # of a header, in octal digits
 _PAX_PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]*)\n")
 
 
@@ -35,6 +37,7 @@ class ShardReader:
         self._reading, self._tell = reading, tell
         self._files: OrderedDict[str, int] = OrderedDict()
         self._cache: ShardCache | None = None
+        self._compared: set[str] = set()
 
     def read(self, shard: ShardIndex, sample: int, alive: Callable[[], None] = nothing) -> bytes:
         """The bytes of the image of one sample.
@@ -43,10 +46,14 @@ class ShardReader:
             alive: called now and then while a shard is fetched.
 
         Raises:
-            UserError: the tar is gone, cannot be read, or is not the one that was indexed (its size differs; of one
-                that is fetched as a whole, its bytes).
+            UserError: the tar is gone, cannot be read, or is not the one that was indexed (its size differs, or what
+                stands before the image; of one that is fetched as a whole, its bytes).
         """
-        return self._bytes(shard, int(shard.offsets[sample]), int(shard.sizes[sample]), alive)
+        offset, size = int(shard.offsets[sample]), int(shard.sizes[sample])
+        data = self._bytes(shard, offset, size, alive)
+        if not remote.is_remote(shard.location):  # others are compared when they are fetched
+            self._refuse_another_tar(shard, offset, size)
+        return data
 
     def key(self, shard: ShardIndex, sample: int) -> str:
         """What WebDataset calls a sample: the image's name in the tar, up to the first dot behind the last slash.
@@ -70,14 +77,27 @@ class ShardReader:
                 return remote.read_range(shard.location, offset, size, size=shard.tar_size, patience=patience)
             data = os.pread(file, size, offset)
         except OSError as error:
-            raise UserError(
-                f"shard {shard.location}",
-                f"it cannot be read ({error.strerror or error})",
-                "restore the file, then run the same command again",
-            ) from None
+            raise _unreadable(shard, error) from None
         if len(data) != size:
             raise _changed(shard, "it ends inside a sample")
         return data
+
+    def _refuse_another_tar(self, shard: ShardIndex, offset: int, size: int) -> None:
+        """A tar that took the place of the one that was indexed has the same size by chance, but not its headers."""
+        start = max(0, offset - _BLOCK)
+        header = self._bytes(shard, start, offset - start, nothing)
+        if header[_SIZE_FIELD].strip(b" \0").lstrip(b"0") == (b"%o" % size).lstrip(b"0"):
+            return
+        if shard.location in self._compared:
+            return
+        try:
+            with open(shard.location, "rb") as tar:  # pax records may overrule a header, so the bytes decide
+                digest = hashlib.file_digest(tar, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        except OSError as error:
+            raise _unreadable(shard, error) from None
+        if digest != shard.tar_digest:
+            raise _changed(shard, "its bytes are others than those that were indexed")
+        self._compared.add(shard.location)
 
     def close(self) -> None:
         """Closes the files."""
@@ -133,6 +153,14 @@ def _open_local(shard: ShardIndex) -> int:
         os.close(file)
         raise _changed(shard, f"it has {size} bytes where its index says {shard.tar_size}")
     return file
+
+
+def _unreadable(shard: ShardIndex, error: OSError) -> UserError:
+    return UserError(
+        f"shard {shard.location}",
+        f"it cannot be read ({error.strerror or error})",
+        "restore the file, then run the same command again",
+    )
 
 
 def _changed(shard: ShardIndex, how: str) -> UserError:

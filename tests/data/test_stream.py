@@ -368,6 +368,39 @@ def test_a_tar_cut_after_it_was_opened(tmp_path: Path) -> None:
     reader.close()
 
 
+def tar_of(path: Path, files: dict[str, bytes], **how: Any) -> Path:
+    with tarfile.open(path, "w", **how) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_a_tar_that_another_of_the_same_size_replaced(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", {"a.jpg": bytes(100), "b.jpg": bytes(99), "c.jpg": bytes(600)})
+    index, _ = index_tar(path)
+    size = path.stat().st_size
+    tar_of(path, {"a.jpg": bytes(100), "b.jpg": bytes(600), "c.jpg": bytes(99)})
+    assert path.stat().st_size == size
+    reader = ShardReader()
+    assert reader.read(index, 0) == bytes(100)  # its header is the same
+    for sample in (1, 2):
+        with pytest.raises(UserError, match=r"a\.tar: its bytes are others .* since it was indexed"):
+            reader.read(index, sample)
+    reader.close()
+
+
+def test_pax_records_may_overrule_the_size_in_a_header(tmp_path: Path) -> None:
+    path = tar_of(
+        tmp_path / "a.tar", {"a.jpg": b"abc", "b.jpg": b"defg"}, format=tarfile.PAX_FORMAT, pax_headers={"size": "3"}
+    )
+    index, _ = index_tar(path)
+    reader = ShardReader()
+    assert [reader.read(index, sample) for sample in range(2)] == [b"abc", b"def"]
+    reader.close()
+
+
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("seer.data.sources._OPEN_FILES", 3)
     shards = write_shards(tmp_path, counts=(1,) * 8)
