@@ -7,23 +7,20 @@ data_shards/install_pillow_simd.sh was run, with seer's dependencies and simplej
 where one of the two environments has it. Every decoder has a process of its own, with one thread; all stay up and take
 turns, so that a round sees the same machine. Process CPU time, medians.
 
-The recipe is what SwAV's repository publishes (src/multicropdataset.py), written anew: everything by Pillow on the CPU,
-one crop after another. ``alone``: from bytes to crops, which for the recipe are normalised floats and for the others
-uint8, as seer's workers hand them over. ``floats``: with colour, blur and normalisation, for a machine without a GPU.
-``tar to batch``: two worker processes each, the recipe under plain webdataset and torch's DataLoader; CPU time of all
-processes. ``efficiency``: CPU time alone over that with workers. The last line has ratios to the recipe alone, in
-images a CPU second; null: not installed.
+The recipe is SwAV's (swav_recipe.py). ``alone``: from bytes to crops, which for the recipe are normalised floats and
+for the others uint8, as seer's workers hand them over. ``floats``: with colour, blur and normalisation, for a machine
+without a GPU. ``tar to batch``: two worker processes each, the recipe under plain webdataset and torch's DataLoader;
+CPU time of all processes. ``efficiency``: CPU time alone over that with workers, median of the rounds' ratios. The last
+line has ratios to the recipe alone, in images a CPU second; null: not installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 import math
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -38,10 +35,9 @@ import numpy as np
 import torch
 from bench_pool import CROPS, measure
 from machine import machine
-from PIL import Image, ImageEnhance, ImageFilter
+from swav_recipe import crops_of
 from torch import Tensor
 
-from seer.data.crops import MEAN, STD
 from seer.data.photometric import photometric
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.stream import DataStream
@@ -54,59 +50,8 @@ WORKERS = 2
 Row = dict[str, float]
 
 
-# ---- the recipe ----
-
-
-def random_resized_crop(image: Image.Image, size: int, low: float, high: float) -> Image.Image:
-    width, height = image.size
-    for _ in range(10):
-        area = width * height * random.uniform(low, high)
-        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            break
-    else:
-        w = h = min(width, height)
-    left, top = random.randint(0, width - w), random.randint(0, height - h)
-    return image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BILINEAR)
-
-
-def turn_hue(image: Image.Image) -> Image.Image:
-    hue, saturation, value = image.convert("HSV").split()
-    turned = (np.asarray(hue, np.int16) + int(random.uniform(-0.2, 0.2) * 255)).astype(np.uint8)
-    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
-
-
-def jitter(image: Image.Image) -> Image.Image:
-    operations: list[Callable[[Image.Image], Image.Image]] = [
-        lambda one: ImageEnhance.Brightness(one).enhance(random.uniform(0.2, 1.8)),
-        lambda one: ImageEnhance.Contrast(one).enhance(random.uniform(0.2, 1.8)),
-        lambda one: ImageEnhance.Color(one).enhance(random.uniform(0.2, 1.8)),
-        turn_hue,
-    ]
-    for operation in random.sample(operations, 4):
-        image = operation(image)
-    return image
-
-
-def recipe_crop(image: Image.Image, size: int, low: float, high: float) -> Tensor:
-    crop = random_resized_crop(image, size, low, high)
-    if random.random() < 0.5:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if random.random() < 0.8:
-        crop = jitter(crop)
-    if random.random() < 0.2:
-        grey = crop.convert("L")
-        crop = Image.merge("RGB", (grey, grey, grey))
-    if random.random() < 0.5:
-        crop = crop.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
-    tensor = torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous().float().div(255)
-    return tensor.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
-
-
 def recipe(data: bytes) -> list[Tensor]:
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    return [recipe_crop(image, spec.size, spec.min_area, spec.max_area) for spec in CROPS for _ in range(spec.count)]
+    return crops_of(data, CROPS)
 
 
 # ---- what a round does, one function a kind ----
@@ -285,6 +230,12 @@ class Variant:
         return statistics.median(row[key] for row in rows)
 
 
+def paired(one: Variant, other: Variant) -> float:
+    """CPU time of one over the other's, round by round: the machine is not as fast in each."""
+    ratios = [a["cpu_ms_per_image"] / b["cpu_ms_per_image"] for a, b in zip(one.rows, other.rows, strict=True)]
+    return statistics.median(ratios[1:] or ratios)
+
+
 def installed_in(python: str) -> list[str]:
     """Decoders, and `dali`, of an environment."""
     code = """if True:
@@ -319,7 +270,7 @@ def start(given: argparse.Namespace, shards: Path) -> list[Variant]:
     found = [Variant("recipe", "recipe", theirs), Variant("webdataset", "webdataset", theirs)]
     for name, python in pythons.items():
         server = Server(python, name, given, shards)
-        kinds = ("dali",) if name == "dali" else ("alone", "floats", "workers")
+        kinds = ("dali",) if name == "dali" else ("alone", "workers", "floats")
         found += [Variant(kind, name, server) for kind in kinds]
     return found
 
@@ -329,7 +280,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of JPEGs")
     parser.add_argument("--simd-python", help="interpreter of an environment with pillow-simd")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=4, help="a round")
+    parser.add_argument("--batches", type=int, default=8, help="a round")
     parser.add_argument("--rounds", type=int, default=9, help="the first one warms up")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -369,7 +320,7 @@ def report(found: dict[str, dict[str, Variant]], given: argparse.Namespace) -> d
     told: dict[str, Any] = {"cpu_ms_per_image": cost, "tar_to_batch": {}}
     for name, one in {**found["webdataset"], **found["workers"]}.items():
         ms, rate, main_ms = (one.median(key) for key in ("cpu_ms_per_image", "images_per_second", "main_ms"))
-        efficiency = cost["alone"][name] / ms if name in cost["alone"] else math.nan
+        efficiency = paired(found["alone"][name], one) if name in cost["alone"] else math.nan
         print(
             f"  {name:24}{ms:8.2f}{base / ms:8.2f}{plain / ms:14.2f}{rate:10.0f}{rate / speed:6.2f}{main_ms:9.2f}"
             f"{efficiency:12.2f}"

@@ -30,10 +30,10 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image
+from swav_recipe import brightness, contrast, finished, hue, saturation
 from torch import Tensor
 
-from seer.data.crops import MEAN, STD
 from seer.data.photometric import photometric
 from seer.data.photometric_masked import compiled_photometric
 from seer.data.photometric_parameters import (
@@ -54,32 +54,14 @@ from seer.data.photometric_parameters import (
 SIZES = {224: 32, 96: 128, 48: 256}  # pixels: crops a round
 GPU_SIZES = {224: 512, 96: 1024, 48: 1024}  # of 256 images: 2 large crops, 4 small ones
 QUICK_SIZES = {16: 8}
-ENHANCERS = {
-    BRIGHTNESS: ImageEnhance.Brightness,
-    CONTRAST: ImageEnhance.Contrast,
-    SATURATION: ImageEnhance.Color,
-}
-
-
-def turn_hue(image: Image.Image, turn: float) -> Image.Image:
-    hue, saturation, value = image.convert("HSV").split()
-    turned = (np.asarray(hue, np.int16) + int(turn * 255)).astype(np.uint8)
-    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+OPERATIONS = {BRIGHTNESS: brightness, CONTRAST: contrast, SATURATION: saturation, HUE: hue}
 
 
 def pillow_chain(image: Image.Image, row: np.ndarray) -> Tensor:
     """One crop, as SwAV's transforms treat it."""
-    if row[JITTER]:
-        for operation in ORDERS[int(row[ORDER])]:
-            amount = float(row[operation])
-            image = turn_hue(image, amount) if operation == HUE else ENHANCERS[operation](image).enhance(amount)
-    if row[GRAYSCALE]:
-        grey = image.convert("L")
-        image = Image.merge("RGB", (grey, grey, grey))
-    if row[SIGMA]:
-        image = image.filter(ImageFilter.GaussianBlur(float(row[SIGMA])))
-    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
-    return tensor.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
+    order = ORDERS[int(row[ORDER])] if row[JITTER] else ()
+    operations = [(OPERATIONS[operation], float(row[operation])) for operation in order]
+    return finished(image, operations, grey=bool(row[GRAYSCALE]), sigma=float(row[SIGMA]) or None)
 
 
 def crops_of(size: int, count: int, rng: np.random.Generator) -> np.ndarray:

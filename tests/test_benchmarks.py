@@ -1,6 +1,6 @@
 """The benchmarks run and say what they promise; what they measure is for a quiet machine."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -90,10 +90,8 @@ def test_pool_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
 
 def test_photometric_benchmark_compares_its_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, where the compiler, which takes a minute, is left out: the graph runs as it was traced."""
-    place = importlib.util.spec_from_file_location("bench_photometric", ROOT / "benchmarks" / "bench_photometric.py")
-    assert place is not None and place.loader is not None
-    script = importlib.util.module_from_spec(place)
-    place.loader.exec_module(script)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("bench_photometric")
     out = tmp_path / "photometric.json"
     command = ["bench_photometric.py", "--drivers", "cpu", "--quick", "--rounds", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", command)
