@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -37,19 +37,21 @@ Float32s = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that was replaced.
+    """A sample that could not be used.
 
     Attributes:
         shard: path of the tar.
         sample: its place in the shard.
         key: its name in the shard, without extension.
         reason: one word (see `seer.data.decode.BadImage`), or `KILLED_WORKER`.
+        stand_in: whether it was itself tried in the place of another.
     """
 
     shard: str
     sample: int
     key: str
     reason: str
+    stand_in: bool = False
 
 
 class _Place(NamedTuple):
@@ -142,7 +144,7 @@ class BatchAssembler:
             crops_out, parameters_out: one array a resolution, of `layout`; rows [v*N, (v+1)*N) belong to crop v.
 
         Returns:
-            the samples that had to be replaced, by rows.
+            the samples that could not be used, by rows: those that stood there, each with its stand-ins behind it.
 
         Raises:
             UserError: a shard cannot be read, or too many images in a row cannot be decoded.
@@ -230,7 +232,7 @@ class BatchAssembler:
             again = self._cut(other, image, self._plan([image], numbers), 0, out)
             if again is None:
                 return bad
-            bad.append(again)
+            bad.append(replace(again, stand_in=True))
         raise UserError(
             f"shard {failed.shard}, sample {failed.sample} cannot be decoded ({failed.reason})",
             f"nor can {len(bad)} others in its place (the last one: {bad[-1].reason})" if bad else "there is no other",

@@ -38,7 +38,7 @@ class Batch:
     Attributes:
         crops: one uint8 tensor a resolution, (crops x N, S, S, 3); rows [v*N, (v+1)*N) belong to crop v.
         photometric: one float32 tensor a resolution, (crops x N, P), for `seer.data.photometric`.
-        bad: samples that were replaced.
+        bad: samples that could not be used, stand-ins that were tried in their places among them.
         batch_index: number of the global batch.
     """
 
@@ -46,6 +46,11 @@ class Batch:
     photometric: list[Tensor]
     bad: list[BadSample]
     batch_index: int
+
+    @property
+    def replaced(self) -> int:
+        """Images of this part of the batch in whose places others stand."""
+        return sum(not sample.stand_in for sample in self.bad)
 
 
 class QuarantinedSample(NamedTuple):

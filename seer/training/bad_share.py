@@ -1,4 +1,4 @@
-"""Stops a run whose input has gone bad: too many of the images that were opened lately had to be replaced."""
+"""Stops a run whose input has gone bad: too many images of the last batches had to be replaced."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ class BadShare:
     run goes on.
 
     Args:
-        most: largest share of bad images among those that were opened (good ones and bad ones); 1 never stops.
+        most: largest share of images that were replaced; 1 never stops. What was tried in their places is not counted:
+            bad images lie together, and a shard that is bad as a whole is asked for many stand-ins.
         global_batch_size: images a step, over all ranks.
         step: steps already taken.
-        bad_samples: int64 scalar, bad images so far.
+        bad_samples: int64 scalar, images replaced so far.
         lists: where the bad samples are listed, for the message.
     """
 
@@ -35,7 +36,7 @@ class BadShare:
         self._most, self._batch, self._lists = most, global_batch_size, lists
         self._every = -(-FEWEST_IMAGES // global_batch_size)
         self._reasons = Counter[str]()  # of this rank, since the start
-        # Good images, bad ones and reasons so far, at each look; the oldest is the beginning of the window.
+        # Images, replaced ones and reasons so far, at each look; the oldest is the beginning of the window.
         self._looks = [(step * global_batch_size, int(bad_samples), Counter[str]())]
         self._asked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
@@ -44,14 +45,14 @@ class BadShare:
 
         Args:
             step: steps taken, this one included.
-            bad_samples: int64 scalar on any device, bad images so far, of all ranks.
-            bad: those of this rank's part of the step's batch.
+            bad_samples: int64 scalar on any device, images replaced so far, of all ranks.
+            bad: those of this rank's part of the step's batch, and their stand-ins.
 
         Raises:
             UserError: more than the largest share were bad (`ToldElsewhere` on all ranks but the first).
         """
         self._settle()
-        self._reasons.update(sample.reason for sample in bad)
+        self._reasons.update(sample.reason for sample in bad if not sample.stand_in)
         if step % self._every == 0:
             event = None
             count = bad_samples.to("cpu", non_blocking=True, copy=True)  # the step adds to it in place
@@ -69,18 +70,18 @@ class BadShare:
         while len(self._looks) > 1 and images - self._looks[1][0] >= WINDOW_IMAGES:
             del self._looks[0]
         before, bad_before, reasons_before = self._looks[0]
-        good, bad = images - before, int(count) - bad_before
+        seen, bad = images - before, int(count) - bad_before
         self._looks.append((images, int(count), self._reasons.copy()))
-        if good + bad >= FEWEST_IMAGES and bad > self._most * (good + bad):
-            self._stop(bad, good + bad, self._reasons - reasons_before)
+        if seen >= FEWEST_IMAGES and bad > self._most * seen:
+            self._stop(bad, seen, self._reasons - reasons_before)
 
-    def _stop(self, bad: int, opened: int, own_reasons: Counter[str]) -> None:
+    def _stop(self, bad: int, seen: int, own_reasons: Counter[str]) -> None:
         reasons = sum(distributed.gather_objects(own_reasons), Counter[str]())
         named = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common(3))
         with distributed.together():
             raise UserError(
-                f"{bad:,} of the last {opened:,} images are bad ({bad / opened:.1%}: {named})",
+                f"{bad:,} of the last {seen:,} images are bad ({bad / seen:.1%}: {named})",
                 f"data.max_bad_share={self._most:g}; they are listed in {self._lists}",
-                "restore shards that were damaged (`seer shards verify` names them) or raise data.max_bad_share: the "
+                "restore shards that were damaged (`seer shards verify` names them), or raise data.max_bad_share: the "
                 "same command then goes on from the last checkpoint",
             )

@@ -153,7 +153,7 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
                     state,
                     crops,
                     settings,
-                    bad_samples=len(batch.bad),
+                    bad_samples=batch.replaced,
                     worker_deaths=stream.worker_deaths,
                     requests=stop.of_this_rank(),
                 )

@@ -270,6 +270,17 @@ def test_bad_images_are_replaced_by_their_followers_and_counted(tmp_path: Path) 
     assert found <= {(f"train-{shard:03d}.tar", sample, reason) for (shard, sample), reason in BROKEN.items()}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stand_ins_that_would_not_do_either_are_told_apart(tmp_path: Path, workers: int) -> None:
+    """A shard that is bad as a whole is asked for many, and still no more images were replaced than stood in it."""
+    shards = write_shards(tmp_path, counts=(7, 6), broken={(1, sample): "truncated" for sample in range(6)})
+    stream = open_stream(shards, batch=13, workers=workers)
+    (batch,) = take(stream, 0, 1)
+    stream.close()
+    assert batch.replaced == 6 and len(batch.bad) == 6 * 6
+    assert sorted(bad.sample for bad in batch.bad if not bad.stand_in) == [*range(6)]
+
+
 def test_images_beyond_the_limits_are_replaced_and_too_large_files_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
