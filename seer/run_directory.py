@@ -6,7 +6,6 @@ names in it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import yaml
-
-from seer.errors import UserError, shown
+from seer import frozen_config
+from seer.errors import UserError
 from seer.files import cannot_write, write_atomically
 from seer.run_agreement import agree_or_raise
 from seer.run_lock import RunLock, in_use
@@ -25,10 +23,6 @@ _CONFIG = "config.yaml"
 _SHARDS = "shards.json"
 _LOCK = "run.lock"
 _LAUNCH = "launch"  # what `seer launch` keeps: it is there before the run is
-_HEAD = """\
-# Written by seer; the run goes on from these values. `config` is what was composed, `hash` its SHA-256,
-# `resolved` what was derived from it and why, `data` what the batches were made of.
-"""
 
 
 class RunDirectory:
@@ -66,9 +60,9 @@ class RunDirectory:
         except BaseException:
             _unmake(made)
             raise
-        run = cls(folder, _freeze(config, None, None)["config"], lock, made)
+        run = cls(folder, frozen_config.contents(config)["config"], lock, made)
         try:
-            _agree(folder, _freeze(config, None, None), contents_later=True)
+            _agree(folder, frozen_config.contents(config), contents_later=True)
         except BaseException:
             run.close()
             raise
@@ -92,9 +86,9 @@ class RunDirectory:
         Raises:
             UserError: the run is made of other data, or its folder cannot be written; nothing is written then.
         """
-        frozen = _freeze(self.config, resolved, data)
+        frozen = frozen_config.contents(self.config, resolved, data)
         _agree(self.folder, frozen)
-        _write(self.folder / _CONFIG, _HEAD + yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True, width=120))
+        _write(self.folder / _CONFIG, frozen_config.as_text(frozen))
         self._made = ()
         if shards is not None:
             _write(shards_of(self.folder), json.dumps(shards, separators=(",", ":")) + "\n")
@@ -190,7 +184,7 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         what = f"{folder} is a file" if folder.exists() else f"{folder} does not exist"
         raise UserError(what, "a run is a folder", remedy)
-    found = _load(folder)
+    found = frozen_config.read(folder / _CONFIG)
     if found is None:
         raise UserError(f"{folder} is no run", f"a run's folder holds {_CONFIG}", remedy)
     config: dict[str, Any] = found["config"]
@@ -200,7 +194,7 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
 def recorded_decoder(run_dir: str | Path) -> str | None:
     """What made the crops of a run so far; None where it has not begun."""
     folder = _absolute(run_dir)
-    found = (_load(folder) if _has_begun(folder) else None) or {}
+    found = (frozen_config.read(folder / _CONFIG) if _has_begun(folder) else None) or {}
     decoder: str | None = found.get("data", {}).get("decoder")
     return decoder
 
@@ -220,7 +214,7 @@ def check_can_run(run_dir: str | Path, config: Mapping[str, Any], *, take_over: 
     _unmake(_make(folder))
     if (taken := in_use(folder / _LOCK, take_over=take_over)) is not None:
         raise taken
-    _agree(folder, _freeze(config, None, None), contents_later=True)
+    _agree(folder, frozen_config.contents(config), contents_later=True)
 
 
 def free_from_elsewhere(run_dir: str | Path) -> None:
@@ -266,7 +260,7 @@ def read_shards(run_dir: str | Path) -> Any:
     try:
         return json.loads(file.read_bytes())
     except FileNotFoundError:
-        if "joined" not in ((_load(folder) or {}).get("data") or {}):
+        if "joined" not in ((frozen_config.read(folder / _CONFIG) or {}).get("data") or {}):
             return None
         raise UserError(f"{file} is gone", rule, remedy) from None
     except (OSError, ValueError):
@@ -352,54 +346,9 @@ def _write(file: Path, text: str) -> None:
         raise cannot_write(file, error) from None
 
 
-def _freeze(
-    config: Mapping[str, Any], resolved: Mapping[str, Any] | None, data: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    plain = _without_secrets(config)
-    frozen: dict[str, Any] = {"config": plain}
-    frozen = {"hash": _hash(frozen)} | frozen
-    if resolved:
-        frozen["resolved"] = {key: {"value": at.value, "reason": at.reason} for key, at in resolved.items()}
-    if data:
-        # Through JSON, so that tuples and lists compare alike after reading.
-        frozen["data"] = json.loads(json.dumps(dict(data)))
-    return frozen
-
-
 def _agree(folder: Path, frozen: Mapping[str, Any], *, contents_later: bool = False) -> None:
     if _has_begun(folder):  # a run that ended before its first step binds nobody
-        agree_or_raise(folder, _load(folder), frozen, contents_later=contents_later)
-
-
-def _hash(frozen: Mapping[str, Any]) -> str:
-    """SHA-256 of the configuration: tells a file that was cut or edited."""
-    return hashlib.sha256(json.dumps(frozen["config"], sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _without_secrets(value: Any) -> Any:
-    """The same without what is secret in addresses."""
-    if isinstance(value, Mapping):
-        return {key: _without_secrets(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_secrets(inner) for inner in value]
-    return shown(value) if isinstance(value, str) else value
-
-
-def _load(folder: Path) -> dict[str, Any] | None:
-    """What config.yaml holds, None where there is none."""
-    file = folder / _CONFIG
-    remedy = "delete the folder to start anew, or name another run_dir"
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror})", "it is a run's configuration", remedy) from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get("config"), dict) or _hash(found) != found.get("hash"):
-        raise UserError(f"{file} is no configuration of a run", "it is written by seer and not edited", remedy)
-    return found
+        agree_or_raise(folder, frozen_config.read(folder / _CONFIG), frozen, contents_later=contents_later)
 
 
 def _has_begun(folder: Path) -> bool:

@@ -11,6 +11,14 @@ import torch
 torch.set_num_threads(1)  # two cores serve the whole suite and its processes; results then do not depend on them
 
 
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three shards of 48 images for runs of seconds; all tests read the same ones, so that none may write there."""
+    from tiny_run import make_shards
+
+    return make_shards(tmp_path_factory.mktemp("shards"))
+
+
 @pytest.fixture(autouse=True)
 def _restored_environment() -> Iterator[None]:
     before = dict(os.environ)

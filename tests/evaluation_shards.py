@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from plain_tars import write_tar
 
 from seer.shard_index import ShardIndex
 from seer.shard_list import ShardList
@@ -30,11 +31,7 @@ def coloured(label: int, number: int, size: int = 20) -> bytes:
 
 def shard(file: Path, samples: Sequence[tuple[bytes, int]]) -> ShardIndex:
     """A tar of images with their labels."""
-    with tarfile.open(file, "w") as tar:
-        for number, (data, _) in enumerate(samples):
-            member = tarfile.TarInfo(f"{number:06d}.png")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    write_tar(file, *((f"{number:06d}.png", data) for number, (data, _) in enumerate(samples)))
     with tarfile.open(file) as tar:
         members = tar.getmembers()
     return ShardIndex(

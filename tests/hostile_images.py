@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from crafted_images import chunk
+from evaluation_shards import shard
 from image_cases import CASES
 from PIL import Image
 
@@ -30,7 +31,6 @@ from seer.data.cutters import cutter_of
 from seer.data.decode import BadImage, open_image
 from seer.data.growth import GrowingOrder
 from seer.data.photometric_parameters import PhotometricSpec
-from seer.shard_index import ShardIndex
 from seer.shard_list import ShardList
 
 MEMORY = 2 << 30
@@ -161,17 +161,12 @@ def fate(data: bytes, scale: float = 1.0) -> str:
 
 def _as_samples(images: list[bytes], folder: Path, decoder: str) -> dict[int, str]:
     """Which of the images an assembler of batches replaces and why, when each of them is asked for once."""
-    path = folder / "shard.tar"
-    path.write_bytes(b"".join(images))
-    sizes = np.array([len(image) for image in images], np.uint32)
-    offsets = np.append(0, np.cumsum(sizes))[:-1].astype(np.uint64)
-    labels = np.full(len(images), -1, np.int32)
-    shard = ShardIndex(str(path), offsets, sizes, labels, int(sizes.sum()), "0" * 32)
+    tar = shard(folder / "shard.tar", [(image, -1) for image in images])
     specs = [CropSpec(1, 24, 0.3, 1.0)]
     order = GrowingOrder(np.array([len(images)]), seed=0, global_batch_size=len(images))
     slots = np.arange(len(images))
     assembler = BatchAssembler(
-        ShardList([shard]),
+        ShardList([tar]),
         order,
         seed=0,
         slots=slots,

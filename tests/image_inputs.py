@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import tarfile
 import zipfile
 from pathlib import Path
+
+from plain_tars import write_tar
 
 JPEG, PNG = b"\xff\xd8\xff jpeg ", b"\x89PNG\r\n\x1a\n png "
 FILES = {
@@ -25,13 +26,7 @@ def folder(place: Path, files: dict[str, bytes] = FILES) -> Path:
 
 
 def tar(place: Path, files: dict[str, bytes]) -> Path:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(place, "w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return place
+    return write_tar(place, *files.items())
 
 
 def zipped(place: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:

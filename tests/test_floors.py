@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -17,7 +18,6 @@ FLOORS = {
     "training": 5,
     "evaluation": 4,
     "handoff": 4,
-    "planning": 4,
     "launching": 4,
     "build": 3,
     "checkpoint": 2,
@@ -33,6 +33,7 @@ ENTRY = "__main__"  # `python -m seer`: calls the command line and is imported b
 # What a data worker, the launcher and `--help` import: they start in a fraction of the time that torch takes to import.
 WITHOUT_TORCH = (
     *("__init__", "errors", "config", "compose", "keyed_random", "shard_index", "files", "run_directory", "run_lock"),
+    "frozen_config",
     *("remote", "run_agreement", "shard_list", "shard_manifest", "shard_patterns", "wids_json", "decoders"),
     *("validation", "derived", "source_list", "rank_environment"),
     *(
@@ -50,10 +51,11 @@ WITHOUT_TORCH = (
             "photometric_parameters",
         )
     ),
-    *("data/assembly", "data/pool", "data/ring", "data/worker", "data/shard_cache", "data/fetching"),
+    *("data/assembly", "data/pool", "data/ring", "data/worker", "data/worker_process"),
+    *("data/shard_cache", "data/fetching"),
     *("cli/__init__", "cli/main", "cli/arguments", "cli/launch", "cli/train", "cli/runs", "cli/doctor"),
-    *(f"launching/{name}" for name in ("cluster", "entry", "folder", "follow", "local", "machine", "placement")),
-    *(f"launching/{name}" for name in ("slurm", "submission", "tail")),
+    *(f"launching/{name}" for name in ("cluster", "entry", "folder", "follow", "local", "placement")),
+    *(f"launching/{name}" for name in ("machine", "machine_facts", "slurm", "submission", "tail")),
 )
 
 
@@ -120,6 +122,35 @@ def test_no_import_goes_up_or_sideways() -> None:
 def test_every_room_has_a_floor() -> None:
     packages = {folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").is_file()} - {"conf"}
     assert packages <= FLOORS.keys()
+
+
+def test_the_page_names_every_module_and_none_that_is_gone() -> None:
+    """A row of the table of floors is of a package, of `build.py` or of the ground."""
+    there = {name: set[str]() for name in (*FLOORS, "ground")}
+    for name in modules().keys() - {"__init__", ENTRY}:
+        room, _, module = name.partition(".")
+        if module or room not in FLOORS:
+            there[room if module else "ground"].add(module or room)
+    there["build"] = {"build"}
+    named = {name: set[str]() for name in there}
+    for line in (ROOT.parent / "docs" / "architecture.md").read_text().splitlines():
+        if row := re.match(r"\| \d \| (?:`(\w+)(?:/|\.py)` \|)?", line):
+            named[row[1] or "ground"] |= set(re.findall(r"`(\w+)\.py`", line))
+    assert named == there
+
+
+PAGES = [page for folder in (".", "docs", "benchmarks", "data_shards") for page in (ROOT.parent / folder).glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_scripts_and_modules_that_are_there(page: Path) -> None:
+    files = [
+        f"/{file.relative_to(ROOT.parent)}"
+        for folder in ("seer", "tests", "benchmarks", "launch", "data_shards")
+        for file in (ROOT.parent / folder).rglob("*.*")
+    ]
+    words = {word.lstrip("./") for word in re.findall(r"[\w./-]*\w\.(?:py|sh)\b", page.read_text())}
+    assert [word for word in words - {"utils.py"} if not any(file.endswith(f"/{word}") for file in files)] == []
 
 
 def test_ground_has_no_cycle() -> None:

@@ -11,6 +11,7 @@ _CLASSES = 20  # of more, the largest and the smallest are shown
 
 
 def described(found: Stats) -> Iterator[str]:
+    """The lines that are printed, without colour."""
     every = "all images" if found.sampled == found.images else f"{many(found.sampled, 'image')}, evenly spread"
     yield f"decoded: {every}"
     yield "formats: " + ", ".join(f"{word} {share(count, found.sampled)}" for word, count in found.formats.items())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +16,11 @@ from PIL import Image
 from seer.data.crops import CropSpec, UInt8s, cut_crops, scaled_boxes, squares_of
 from seer.data.decode import OpenedImage, upright
 
-# Opened image, smallest scale that will do, boxes (V, 4), flips (V,), specs, the arrays of a batch, row.
-Cutter = Callable[
-    [OpenedImage, float, NDArray[np.int64], NDArray[np.bool_], Sequence[CropSpec], Sequence[UInt8s], int], None
-]
+# What `seer.data.crops.cut_crops` is told of the crops, passed on as it comes: boxes (V, 4), flips (V,), specs, the
+# arrays of a batch, row.
+_Where = tuple[NDArray[np.int64], NDArray[np.bool_], Sequence[CropSpec], Sequence[UInt8s], int]
+# Takes an opened image, the smallest scale that will do, and these five.
+Cutter = Callable[[OpenedImage, float, *_Where], None]
 
 # EXIF tag 274 -> rows and columns as the picture stands upright, in the same memory.
 _UPRIGHT_VIEWS: dict[int, Callable[[UInt8s], UInt8s]] = {
@@ -51,28 +51,20 @@ def cutter_of(decoder: str) -> Cutter:
     }[decoder]()
 
 
-def _with_pillow(
-    opened: OpenedImage,
-    scale: float,
-    boxes: NDArray[np.int64],
-    flips: NDArray[np.bool_],
-    specs: Sequence[CropSpec],
-    out: Sequence[UInt8s],
-    row: int,
-) -> None:
-    cut_crops(opened.load(scale), opened.size, boxes, flips, specs, out, row)
+def _with_pillow(opened: OpenedImage, scale: float, *where: *_Where) -> None:
+    cut_crops(opened.load(scale), opened.size, *where)
 
 
 def _simplejpeg_and_pillow() -> Cutter:
     decode = _jpeg_decoder("RGBX")
 
-    def cut(opened: OpenedImage, scale: float, *where_to: Any) -> None:
+    def cut(opened: OpenedImage, scale: float, *where: *_Where) -> None:
         pixels = decode(opened, scale)
         if pixels is None:
-            return _with_pillow(opened, scale, *where_to)
+            return _with_pillow(opened, scale, *where)
         # Four bytes a pixel are how Pillow keeps an RGB image: it is not copied.
         image = Image.frombuffer("RGBX", pixels.shape[1::-1], pixels, "raw", "RGBX", 0, 1)
-        return cut_crops(upright(image, opened.orientation), opened.size, *where_to)
+        return cut_crops(upright(image, opened.orientation), opened.size, *where)
 
     return cut
 
@@ -83,15 +75,8 @@ def _simplejpeg_and_torch() -> Cutter:
 
     decode = _jpeg_decoder("RGB")
 
-    def cut(
-        opened: OpenedImage,
-        scale: float,
-        boxes: NDArray[np.int64],
-        flips: NDArray[np.bool_],
-        specs: Sequence[CropSpec],
-        out: Sequence[UInt8s],
-        row: int,
-    ) -> None:
+    def cut(opened: OpenedImage, scale: float, *where: *_Where) -> None:
+        boxes, flips, specs, out, row = where
         pixels = decode(opened, scale)
         if pixels is None:
             pixels = np.asarray(opened.load(scale))

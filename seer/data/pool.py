@@ -6,29 +6,18 @@ gets the same tasks, and the batches do not change by a byte. No thread and no s
 to a worker is found, mended or told in `BatchPool.next`.
 
 Workers are forked when the pool is opened, where that is safe. Otherwise, and whenever one is replaced, they are
-started anew (``python -c``): that takes no server process, imports neither torch nor the user's script, and does not
-make a training under way copy its memory page by page, as it would beside a fork of it.
+started anew (`seer.data.worker_process.fresh_worker`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import pickle
 import selectors
 import signal
-import socket
-import subprocess
 import sys
 import threading
-import time
-import traceback
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -36,7 +25,7 @@ from numpy.typing import NDArray
 
 from seer.data.assembly import BadSample, BatchAssembler
 from seer.data.ring import At, Ring, memory_file
-from seer.data.worker import serve_forked
+from seer.data.worker_process import Task, Worker, cause_of_death, forked_worker, fresh_worker, write_briefing
 from seer.errors import UserError
 
 DEADLINE_SECONDS = 120.0
@@ -45,14 +34,11 @@ DEADLINE_SECONDS = 120.0
 _MIN_ROWS = 8
 # Slots of the consumer: the batch handed out last and the one before.
 _HELD = 2
-# Reading may take so many times the deadline: a source that tries again gives up by itself, and knows better why.
-_READING = 5
 # A sample is found guilty by so many deaths, all but the first of which it caused alone in a fresh process. SIGKILL
 # comes from outside more often than from an image, so it has to strike once more.
 _DEATHS, _DEATHS_BY_SIGKILL = 2, 3
 # Deaths without an answer in between after which there is no hope; four more for each worker.
 _HOPELESS = 16
-_GONE_SECONDS = 5.0  # a killed process is gone by then, unless the kernel itself is stuck in a read
 
 
 @dataclass(frozen=True)
@@ -100,7 +86,7 @@ class BatchPool:
         self._filling: dict[int, _Filling] = {}
         self._selector = selectors.PollSelector()  # of all kinds the one without a file that a fork would share
         self._briefing: int | None = None
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._owner = os.getpid()
         self._deaths_in_a_row = self.deaths = 0
         try:
@@ -169,11 +155,11 @@ class BatchPool:
         if not self._workers:
             return
         images = self._assembler.images
-        mail: dict[int, list[_Task]] = {}
+        mail: dict[int, list[Task]] = {}
         for batch_index in range(self._submitted, self._asked + self._ahead + 1):
             self._filling[batch_index] = _Filling(images)
             for start in range(0, images, self._rows_a_task):
-                task = _Task(batch_index, range(start, min(start + self._rows_a_task, images)))
+                task = Task(batch_index, range(start, min(start + self._rows_a_task, images)))
                 least = min(self._workers, key=lambda worker: worker.rows)
                 least.take(task)
                 mail.setdefault(least.number, []).append(task)
@@ -185,7 +171,7 @@ class BatchPool:
         """Waits for an answer, a death, or the time to look for workers that hang."""
         events = self._selector.select(min(1.0, self._deadline / 4))
         for key, _ in events:
-            worker: _Worker = key.data
+            worker: Worker = key.data
             answers = worker.receive()
             if answers is None:
                 self._replace(worker, hung=False)
@@ -199,16 +185,16 @@ class BatchPool:
                 if worker.hangs(self._ring.at(worker.number), self._deadline):
                     self._replace(worker, hung=True)
 
-    def _replace(self, worker: _Worker, *, hung: bool) -> None:
+    def _replace(self, worker: Worker, *, hung: bool) -> None:
         """Another process in the place of a dead or hanging one, for the same tasks."""
         code = self._dismiss(worker)
         at = self._ring.at(worker.number)
         self.deaths += 1
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row >= _HOPELESS + 4 * self._ring.workers:
-            self._give_up(f"hung for {self._deadline:g} s" if hung else _cause(code), at)
+            self._give_up(f"hung for {self._deadline:g} s" if hung else cause_of_death(code), at)
         if self.deaths == 1:
-            self._tell(None if hung else _cause(code), at)
+            self._tell(None if hung else cause_of_death(code), at)
         tasks, convicted = [*worker.tasks], False
         if tasks and at.sample >= 0 and at.row in tasks[0].rows:
             enough = _DEATHS_BY_SIGKILL if code == -signal.SIGKILL and not hung else _DEATHS
@@ -259,67 +245,25 @@ class BatchPool:
             "see `seer doctor`; with fewer data.workers less memory is needed",
         )
 
-    def _start(self, number: int, *, fork: bool) -> _Worker:
+    def _start(self, number: int, *, fork: bool) -> Worker:
         self._ring.announce(number, -1, -1, -1)
-        ours, its = socket.socketpair()
-        with its:
-            if fork:
-                inherited = [ours, *(worker.socket for worker in self._workers)]
-                process: _Forked | subprocess.Popen[bytes] = _Forked(
-                    partial(serve_forked, inherited, its, self._assembler, self._ring, number, os.getpid())
-                )
-            else:
-                process = self._start_anew(its, number)
-        worker = _Worker(number, process, ours)
-        self._selector.register(ours, selectors.EVENT_READ, worker)
+        if fork:
+            worker = forked_worker(number, self._assembler, self._ring, [other.socket for other in self._workers])
+        else:
+            if self._briefing is None:
+                self._briefing = memory_file()
+                write_briefing(self._briefing, self._assembler, self._ring)
+            worker = fresh_worker(number, self._ring, self._briefing)
+        self._selector.register(worker.socket, selectors.EVENT_READ, worker)
         if self._assembler.quarantine:
             worker.send([self._quarantine_message()])
         return worker
 
-    def _start_anew(self, its: socket.socket, number: int) -> subprocess.Popen[bytes]:
-        if self._briefing is None:
-            self._briefing = memory_file()
-            with open(self._briefing, "wb", closefd=False) as file:
-                pickle.dump((self._assembler, self._ring.slots, self._ring.workers), file)
-        files = (its.fileno(), self._ring.file, self._briefing)
-        arguments = ", ".join(map(str, (*files, number, os.getpid())))
-        code = f"import sys; sys.path[:] = {sys.path!r}; from seer.data import worker; worker.serve_anew({arguments})"
-        # Its own process group: Ctrl-C in the terminal must not reach it before it has learnt to ignore it.
-        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=files, process_group=0)
-
-    def _dismiss(self, worker: _Worker) -> int | None:
-        """Ends a worker; its exit code, None if even SIGKILL does not end it now (it will write nothing any more)."""
+    def _dismiss(self, worker: Worker) -> int | None:
+        """Ends a worker, which writes nothing any more; its exit code, if it has one by now."""
         self._workers.remove(worker)
         self._selector.unregister(worker.socket)
-        worker.process.kill()
-        worker.socket.close()
-        try:
-            return worker.process.wait(_GONE_SECONDS)
-        except subprocess.TimeoutExpired:
-            return None
-
-
-@dataclass(frozen=True)
-class _Task:
-    """Rows of a batch. Where they are one row under suspicion: of which sample, and how many workers died of it."""
-
-    batch_index: int
-    rows: range
-    suspect: tuple[int, int] | None = None
-    deaths: int = 0
-
-    @property
-    def message(self) -> list[Any]:
-        return ["fill", self.batch_index, self.rows.start, self.rows.stop]
-
-    def alone(self, at: At) -> _Task:
-        suspect = (at.shard, at.sample)
-        deaths = 1 + (self.deaths if self.suspect == suspect else 0)
-        return _Task(self.batch_index, range(at.row, at.row + 1), suspect, deaths)
-
-    def without(self, row: int) -> list[_Task]:
-        parts = (range(self.rows.start, row), range(row + 1, self.rows.stop))
-        return [_Task(self.batch_index, part) for part in parts if part]
+        return worker.end()
 
 
 class _Filling:
@@ -343,111 +287,3 @@ class _Filling:
                 raise RuntimeError(f"a data worker failed:\n{what}")
             bad += [BadSample(*one) for one in what]
         return bad
-
-
-@dataclass(eq=False)
-class _Worker:
-    """A worker as the main process sees it.
-
-    Attributes:
-        tasks: what it has not answered; it works on the first.
-        rows: of its tasks.
-    """
-
-    number: int
-    process: _Forked | subprocess.Popen[bytes]
-    socket: socket.socket
-    tasks: deque[_Task] = field(default_factory=deque)
-    rows: int = 0
-    _received: bytes = b""
-    _beat: int = -1
-    _since: float = 0.0
-
-    def take(self, task: _Task) -> None:
-        if not self.tasks:
-            self._beat = -1  # it was idle: its time begins when it is looked at next
-        self.tasks.append(task)
-        self.rows += len(task.rows)
-
-    def finish(self) -> _Task:
-        task = self.tasks.popleft()
-        self.rows -= len(task.rows)
-        return task
-
-    def send(self, messages: Sequence[list[Any]]) -> None:
-        # So few that they always fit the socket's buffer. A dead worker is found when it is listened to.
-        with contextlib.suppress(OSError):
-            self.socket.sendall(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
-
-    def receive(self) -> list[tuple[str, Any]] | None:
-        """Answers in the order of the tasks; None: it is dead."""
-        try:
-            data = self.socket.recv(1 << 16, socket.MSG_DONTWAIT)  # never waits for the rest: it may be stopped
-        except BlockingIOError:
-            return []
-        except OSError:
-            return None
-        if not data:
-            return None
-        *lines, self._received = (self._received + data).split(b"\n")
-        return [tuple(json.loads(line)) for line in lines]
-
-    def hangs(self, at: At, deadline: float) -> bool:
-        if not self.tasks:
-            return False
-        now = time.monotonic()
-        if at.beat != self._beat:
-            self._beat, self._since = at.beat, now
-        return now - self._since > deadline * (1 if at.sample >= 0 else _READING)
-
-
-class _Forked:
-    """A forked process, with as much of Popen's face as is needed.
-
-    Not multiprocessing's: its processes may not have children where they are daemons, and are waited for at exit.
-    """
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._code: int | None = None
-        with warnings.catch_warnings():
-            # From Python 3.12 a fork beside any library's threads is warned of. Python's own were looked at.
-            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-            self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                work()
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-
-    def kill(self) -> None:
-        if self._code is None:
-            with contextlib.suppress(ProcessLookupError):  # somebody else has waited for it
-                os.kill(self.pid, signal.SIGKILL)
-
-    def wait(self, timeout: float) -> int:
-        end, pause = time.monotonic() + timeout, 0.0005
-        while self._code is None:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # somebody else has
-                pid, status = self.pid, 0
-            if pid:
-                self._code = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end:
-                raise subprocess.TimeoutExpired("worker", timeout)
-            else:
-                time.sleep(pause := min(2 * pause, 0.05))
-        return self._code
-
-
-def _cause(code: int | None) -> str:
-    if code is None:
-        return "cannot be ended"
-    if code >= 0:
-        return f"left with exit code {code}"
-    try:
-        return f"by {signal.Signals(-code).name}" + ": out of memory?" * (code == -signal.SIGKILL)
-    except ValueError:
-        return f"by signal {-code}"

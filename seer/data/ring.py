@@ -23,6 +23,8 @@ class At(NamedTuple):
 
 
 class Slot(NamedTuple):
+    """The arrays of a batch, one of each kind a resolution (`BatchAssembler.layout`)."""
+
     crops: list[NDArray[np.uint8]]
     photometric: list[NDArray[np.float32]]
 
@@ -56,9 +58,11 @@ class Ring:
             self._slots.append(Slot(arrays[: assembler.resolutions], arrays[assembler.resolutions :]))
 
     def slot(self, batch_index: int) -> Slot:
+        """Where a batch lies; the batch that comes as many later as there are slots lies there too."""
         return self._slots[batch_index % self.slots]
 
     def announce(self, worker: int, row: int, shard: int, sample: int) -> None:
+        """By a worker: what it is at from now on (see `At`)."""
         cell = self._at[worker]
         cell[3] = -1  # whoever is killed in the middle of this is at nothing
         cell[1], cell[2] = row, shard
@@ -66,9 +70,11 @@ class Ring:
         cell[0] += 1
 
     def at(self, worker: int) -> At:
+        """What a worker is at, or was when it died."""
         return At(*self._at[worker, :4].tolist())
 
     def close(self) -> None:
+        """Closes the file; the memory stays as long as an array looks at it."""
         if self.file >= 0:
             os.close(self.file)
             self.file = -1

@@ -45,6 +45,7 @@ def serve_forked(
     number: int,
     parent: int,
 ) -> None:
+    """A worker that was forked; `inherited` are its parent's ends of all workers' sockets."""
     leave_signals_to_the_parent(parent)
     for other in inherited:  # else the others would not see the end of a parent that dies
         other.close()

@@ -1,39 +1,25 @@
-"""What this machine offers to a run, and what to mend: `look` gathers facts, and one function a subject judges them.
-
-Without torch until it is asked which torch there is.
-"""
+"""What this machine offers to a run, and what to mend: one function a subject judges the facts."""
 
 from __future__ import annotations
 
-import array
-import contextlib
-import fcntl
-import io
 import ipaddress
 import os
 import platform
 import resource
-import shutil
 import socket
-import struct
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, metadata, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 import seer
-from seer.decoders import PILLOW_SIMD, installed_decoders, missing_speed
+from seer.decoders import PILLOW_SIMD, missing_speed
+from seer.launching import machine_facts as facts
+from seer.launching.machine_facts import Gpu
 
 GIB = 1 << 30
-_SLURM_SECONDS = 2.0
-_IMAGES_TRIED = 30
 
 
 @dataclass(frozen=True)
@@ -53,46 +39,34 @@ class Finding:
     remedy: str | None = None
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A CUDA device: name, memory in bytes, compute capability such as (9, 0)."""
-
-    name: str
-    memory: int
-    capability: tuple[int, int]
-
-
 def look(folder: Path) -> list[Finding]:
     """Everything that can be found out in a few seconds.
 
     Args:
         folder: whose disk is looked at.
     """
-    torch_version, cuda_build, found, nccl_version = _torch()
+    torch_version, cuda_build, found, nccl_version = facts.torch()
     granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    flags = _cpu_flags()
+    flags = facts.cpu_flags()
     return [
         Finding("machine", "ok", f"{platform.system()} {platform.release()}, {platform.machine()}"),
-        cores(granted, os.cpu_count() or granted, _core_quota()),
-        memory(*_memory()),
+        cores(granted, os.cpu_count() or granted, facts.core_quota()),
+        memory(*facts.memory()),
         python(sys.version_info[:2]),
         Finding("seer", "ok", f"{seer.__version__} in {Path(seer.__file__).parent}"),
         torch(torch_version),
         gpus(found, nccl_version, cuda_build=cuda_build, driver=Path("/proc/driver/nvidia/version").exists()),
         bf16(found, flags),
-        images(*_pillow(), cpu_has_avx2="avx2" in flags),
-        decoder(_images_a_second(), machine=platform.machine()),
-        shared_memory(_disk(Path("/dev/shm"))),
+        images(*facts.pillow(), cpu_has_avx2="avx2" in flags),
+        decoder(facts.images_a_second(), machine=platform.machine()),
+        shared_memory(facts.disk(Path("/dev/shm"))),
         open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
-        disk(folder, _disk(folder)),
-        slurm(*_slurm()),
-        network(socket.gethostname(), _addresses(socket.gethostname()), interfaces()),
+        disk(folder, facts.disk(folder)),
+        slurm(*facts.slurm()),
+        network(socket.gethostname(), facts.addresses(socket.gethostname()), facts.interfaces()),
         tensorboard(find_spec("tensorboard") is not None),
         threads(os.environ, granted),
     ]
-
-
-# ---- one function a subject: from facts to a finding ----
 
 
 def cores(granted: int, there: int, quota: float | None) -> Finding:
@@ -241,7 +215,7 @@ def slurm(sbatch: str | None, found: str | None, partitions: Sequence[str] | Non
     if sbatch is None:
         return Finding("slurm", "ok", "no sbatch here: launch=local is there, launch=slurm is not")
     if partitions is None:
-        what = f"{sbatch} is here, but no controller answers within {_SLURM_SECONDS:g} s"
+        what = f"{sbatch} is here, but no controller answers within {facts.SLURM_SECONDS:g} s"
         return Finding("slurm", "warning", what, "look at `scontrol ping` and SLURM_CONF; launch=local works")
     if not partitions:
         return Finding("slurm", "warning", f"{found} shows no partition", "ask who runs the cluster for access")
@@ -284,155 +258,3 @@ def _is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address.partition("%")[0]).is_loopback
     except ValueError:
         return False
-
-
-# ---- facts ----
-
-
-def interfaces() -> dict[str, str]:
-    """IPv4 addresses by the name of their network interface; none where the system cannot be asked so."""
-    request = 0x8915  # SIOCGIFADDR of Linux
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            asked = array.array("B", struct.pack("256s", name.encode()[:15]))
-            with contextlib.suppress(OSError):  # without an address
-                fcntl.ioctl(probe.fileno(), request, asked)
-                found[name] = socket.inet_ntoa(asked[20:24].tobytes())
-    return found
-
-
-def _addresses(host: str) -> list[str]:
-    try:
-        return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, None)))
-    except OSError:
-        return []
-
-
-def _torch() -> tuple[str | None, bool, list[Gpu], str | None]:
-    """Version, whether it was built for CUDA, the GPUs, NCCL's version."""
-    try:
-        import torch as library
-    except (ImportError, OSError):  # OSError: a library that it loads is missing
-        return None, False, [], None
-    found = []
-    if library.cuda.is_available():
-        for number in range(library.cuda.device_count()):
-            about = library.cuda.get_device_properties(number)
-            found.append(Gpu(about.name, about.total_memory, (about.major, about.minor)))
-    nccl = None
-    if found and library.distributed.is_available() and library.distributed.is_nccl_available():
-        nccl = ".".join(map(str, library.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch has no types there
-    return library.__version__, library.version.cuda is not None, found, nccl
-
-
-def _cpu_flags() -> frozenset[str]:
-    """What the CPU can, as Linux calls it."""
-    for line in _text(Path("/proc/cpuinfo")).splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
-
-
-def _core_quota() -> float | None:
-    """Cores whose time this container may use (cgroup v2, then v1), None without limit."""
-    share, _, period = _text(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
-    if not share:
-        share, period = (_text(Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us")) for name in ("quota", "period"))
-    try:
-        return int(share) / int(period) if int(share) > 0 else None
-    except ValueError:  # "max", or no such file
-        return None
-
-
-def _memory() -> tuple[int, int]:
-    """Bytes in all and available: of the machine, or what the container's limit leaves."""
-    lines = dict(line.split(":", 1) for line in _text(Path("/proc/meminfo")).splitlines())
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    total = int(lines["MemTotal"].split()[0]) * 1024 if "MemTotal" in lines else pages
-    available = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else total
-    with contextlib.suppress(ValueError):  # "max", or no such file
-        limit = int(_text(Path("/sys/fs/cgroup/memory.max")))
-        used = int(_text(Path("/sys/fs/cgroup/memory.current")))
-        total, available = min(total, limit), min(available, max(0, limit - used))
-    return total, available
-
-
-def _pillow() -> tuple[str | None, str | None, list[str]]:
-    """Version, flavour of pillow-simd, formats that are missing."""
-    try:
-        import PIL
-        from PIL import features
-    except ImportError:
-        return None, None, []
-    missing = [name for name, key in (("JPEG", "jpg"), ("PNG", "zlib"), ("WebP", "webp")) if not features.check(key)]
-    try:
-        version("pillow-simd")
-    except PackageNotFoundError:
-        return PIL.__version__, None, missing
-    flavour = "unknown flavour"
-    with contextlib.suppress(PackageNotFoundError):  # the installer's shim says how it was compiled
-        summary = metadata("pillow")["Summary"] or ""
-        flavour = next((name for name in ("avx2", "sse4") if name in summary), flavour)
-    return PIL.__version__, flavour, missing
-
-
-def _images_a_second() -> dict[str, float]:
-    """Of a photograph's size and the default crops, on one core, by each decoder that is installed."""
-    try:
-        from PIL import Image
-
-        from seer.data.crops import DRAWS, CropSpec, plan_crops
-        from seer.data.cutters import cutter_of
-        from seer.data.decode import open_image
-    except ImportError:
-        return {}
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (40, 54, 3), np.uint8))
-    file = io.BytesIO()
-    coarse.resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-    specs = [CropSpec(2, 224, 0.14, 1.0), CropSpec(4, 96, 0.05, 0.14)]
-    plan = plan_crops(np.array([[500, 375]]), specs, rng.random((1, 6, DRAWS)), 0.5)
-    out = [np.zeros((spec.count, spec.size, spec.size, 3), np.uint8) for spec in specs]
-    found = {}
-    for name in installed_decoders():
-        cut = cutter_of(name)
-        for images in (1, _IMAGES_TRIED):  # the first one warms up
-            began = time.thread_time()
-            for _ in range(images):
-                cut(open_image(file.getvalue()), 1.0, plan.boxes[0], plan.flips[0], specs, out, 0)
-        found[name] = images / (time.thread_time() - began)
-    return found
-
-
-def _disk(folder: Path) -> tuple[int, int] | None:
-    try:
-        found = shutil.disk_usage(folder)
-    except OSError:
-        return None
-    return found.total, found.free
-
-
-def _slurm() -> tuple[str | None, str | None, list[str] | None]:
-    """Where sbatch is, its version, names of partitions."""
-    sbatch = shutil.which("sbatch")
-    answer = _said("sinfo", "--noheader", "--format=%R") if sbatch else None
-    if answer is None:
-        return sbatch, None, None
-    return sbatch, _said("sbatch", "--version"), list(dict.fromkeys(answer.split()))
-
-
-def _said(*words: str) -> str | None:
-    """What a program printed; None where it failed or took too long."""
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_SLURM_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return ""

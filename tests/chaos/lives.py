@@ -107,14 +107,15 @@ def descendants(pid: int) -> list[int]:
 def gone(pids: list[int]) -> bool:
     """Whether these processes end within seconds; zombies count as ended (who reaps them is not our affair)."""
     deadline = time.monotonic() + PATIENCE
-    while any(_alive(pid) for pid in pids):
+    while any(alive(pid) for pid in pids):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
     return True
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process has not ended, reaped or not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):

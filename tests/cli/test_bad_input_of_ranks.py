@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import make_shards
 
 TINY = (
     *("experiment=demo", "data.workers=0", "data.large.size=32", "data.small.size=24", "data.small.count=2"),
@@ -19,11 +18,6 @@ TINY = (
     *("train.threads=1", "train.log_every_steps=1", "train.precision=fp32", "evaluation.every_steps=0"),
     *("evaluation.train=[]", "evaluation.val=[]", "parallel.timeout_seconds=20"),
 )
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_shards(tmp_path_factory.mktemp("data"))
 
 
 def seer(verb: str, shards: str, run: Path, *words: str, ranks: int = 1, **variables: str) -> subprocess.Popen[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from recorded_run import recorded_run
-from tiny_run import make_shards, tiny_config
+from tiny_run import tiny_config
 
 from seer import build
 from seer.checkpoint.store import CheckpointStore
@@ -18,11 +18,6 @@ from seer.cli.saved_run import load_run, untrained_backbone
 from seer.config import freeze
 from seer.handoff.timm_format import load_exported
 from seer.run_directory import read_result, read_run
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_shards(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import struct
 import zlib
@@ -10,15 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from crafted_images import chunk, encoded
 from PIL import Image, PngImagePlugin
 
 from seer.data.decode import DEFAULT_LIMITS, BadImage, ImageLimits, decode, open_image
-
-
-def encoded(image: Image.Image, format: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)  # type: ignore[arg-type]
-    return buffer.getvalue()
 
 
 def photo(width: int = 60, height: int = 40) -> Image.Image:
@@ -153,14 +147,8 @@ def test_eps_starts_no_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds almost nothing."""
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"\0" * 100)),
-        (b"IEND", b""),
-    ]
-    body = b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 

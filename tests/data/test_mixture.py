@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from sample_numbers import flat
 from scipy import stats
 
 from seer.data import order as data_order
@@ -29,12 +29,6 @@ def mixed(weights: tuple[float, ...] = (5, 1, 2), batch: int = 32, **options: An
 def of(counts: list[Any], names: list[str], weights: tuple[float, ...], **options: Any) -> MixedOrder:
     sources = [SourceShare(*about, len(one)) for *about, one in zip(names, weights, counts, strict=True)]
     return MixedOrder(np.concatenate(counts), sources, **options)
-
-
-def flat(order: MixedOrder, batch_index: int, slots: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-    shard, sample = order.positions(batch_index, np.arange(order.global_batch_size) if slots is None else slots)
-    assert (sample >= 0).all() and (sample < order.counts[shard]).all()
-    return np.concatenate([[0], np.cumsum(order.counts)])[shard] + sample
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=6), st.integers(1, 5000))

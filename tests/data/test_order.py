@@ -6,24 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from sample_numbers import epoch_ids, flat
 from scipy import stats
 
 from seer.data.order import ShardOrder, permuted, sorted_permutation
 from seer.errors import UserError
-
-
-def flat(order: ShardOrder, batch_index: int, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number of each sample in the concatenation of the shards."""
-    shard, sample = order.positions(batch_index, slots)
-    assert (sample >= 0).all() and (sample < order.counts[shard]).all()
-    return np.concatenate([[0], np.cumsum(order.counts)])[shard] + sample
-
-
-def epoch_ids(order: ShardOrder, epoch: int) -> NDArray[np.int64]:
-    slots = np.arange(order.global_batch_size)
-    first = epoch * order.batches_per_epoch
-    return np.concatenate([flat(order, first + batch, slots) for batch in range(order.batches_per_epoch)])
 
 
 @given(
@@ -41,7 +28,7 @@ def test_an_epoch_takes_every_sample_at_most_once_and_leaves_less_than_a_batch(
             ShardOrder(counts, seed=seed, global_batch_size=batch)
         return
     order = ShardOrder(counts, seed=seed, global_batch_size=batch)
-    ids = epoch_ids(order, epoch)
+    ids = epoch_ids(order, epoch).ravel()
     assert len(np.unique(ids)) == len(ids)
     assert 0 <= sum(counts) - len(ids) < batch
 
@@ -49,7 +36,7 @@ def test_an_epoch_takes_every_sample_at_most_once_and_leaves_less_than_a_batch(
 def test_exact_cover_beyond_the_size_that_is_sorted() -> None:
     counts = [0, 700, 1, 0, 1800, 339, 0]
     order = ShardOrder(counts, seed=3, global_batch_size=71)  # 2840 = 40 x 71
-    assert sorted(epoch_ids(order, 2)) == list(range(2840))
+    assert sorted(epoch_ids(order, 2).ravel()) == list(range(2840))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 1023, 1024, 1025, 4096, 5000])
@@ -97,7 +84,7 @@ def test_shards_are_spread_evenly_over_an_epoch() -> None:
     order = ShardOrder([1000] * 8, seed=9, global_batch_size=80)
     p_values = []
     for epoch in range(6):
-        ids = epoch_ids(order, epoch)
+        ids = epoch_ids(order, epoch).ravel()
         table = np.zeros((8, 20))
         np.add.at(table, (ids // 1000, np.arange(8000) * 20 // 8000), 1)
         p_values.append(stats.chi2.sf(((table - 50) ** 2 / 50).sum(), 7 * 19))

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sample_numbers import epoch_ids, flat
 from scipy import stats
 
 from seer.data.order import ShardOrder, permuted
@@ -18,19 +19,6 @@ from seer.errors import UserError
 from seer.keyed_random import key
 
 RAGGED = [700, 0, 1, 1800, 339, 0, 2, 911]
-
-
-def flat(order: ShardOrder, batch_index: int, slots: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-    """Number of each sample in the concatenation of the shards."""
-    shard, sample = order.positions(batch_index, np.arange(order.global_batch_size) if slots is None else slots)
-    assert (sample >= 0).all() and (sample < order.counts[shard]).all()
-    return np.concatenate([[0], np.cumsum(order.counts)])[shard] + sample
-
-
-def epoch_ids(order: ShardOrder, epoch: int) -> NDArray[np.int64]:
-    """(batches, B) numbers of the samples of an epoch."""
-    first = epoch * order.batches_per_epoch
-    return np.stack([flat(order, first + batch) for batch in range(order.batches_per_epoch)])
 
 
 @given(

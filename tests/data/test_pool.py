@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_shards import png, shard
+from lives import gone
 
 from seer.data import assembly
 from seer.data.crops import CropSpec
@@ -436,14 +437,4 @@ def test_kill_of_the_main_process_leaves_nothing(tmp_path: Path, shards: ShardLi
         assert not any("/dev/shm/" in Path(f"/proc/{pid}/maps").read_text() for pid in (process.pid, *pids))
         os.kill(pids[0], signal.SIGSTOP)  # this one cannot see the end of its parent
         process.kill()
-    deadline = time.monotonic() + 10
-    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not any(alive(pid) for pid in pids)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    assert gone(pids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import json
@@ -13,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluation_shards import png, shard
+from lives import alive, gone
 from PIL import Image
+from plain_tars import write_tar
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from seer.data.crops import CropSpec, evaluation_crop
@@ -42,29 +43,11 @@ BROKEN = {(0, 3): "not_an_image", (1, 0): "truncated", (1, 1): "truncated", (2, 
 
 
 def picture(number: int) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (20 + number % 7, 30, 3), np.uint8)
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    return png(np.random.default_rng(number).integers(0, 256, (20 + number % 7, 30, 3), np.uint8))
 
 
 def write_shard(path: Path, images: list[bytes]) -> ShardIndex:
-    offsets = []
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, data in enumerate(images):
-            member = tarfile.TarInfo(f"{number:06d}.png")
-            member.size = len(data)
-            offsets.append(tar.offset + tarfile.BLOCKSIZE)
-            tar.addfile(member, io.BytesIO(data))
-    data = path.read_bytes()
-    return ShardIndex(
-        str(path),
-        np.array(offsets, np.uint64),
-        np.array([len(image) for image in images], np.uint32),
-        np.full(len(images), -1, np.int32),
-        len(data),
-        hashlib.blake2b(data, digest_size=16).hexdigest(),
-    )
+    return shard(path, [(image, -1) for image in images])
 
 
 def write_shards(
@@ -73,8 +56,8 @@ def write_shards(
     shards = []
     for number, count in enumerate(counts):
         images = [picture(100 * number + sample) for sample in range(count)]
-        for (shard, sample), reason in (broken or {}).items():
-            if shard == number and sample < count:
+        for (place, sample), reason in (broken or {}).items():
+            if place == number and sample < count:
                 images[sample] = b"<html>" if reason == "not_an_image" else images[sample][: len(images[sample]) // 2]
         shards.append(write_shard(folder / f"train-{number:03d}.tar", images))
     return ShardList(shards)
@@ -478,14 +461,6 @@ for line in sys.stdin:
 """
 
 
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
 @pytest.fixture
 def parent(shards: ShardList, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     (tmp_path / "shards.pkl").write_bytes(pickle.dumps(shards))
@@ -517,10 +492,7 @@ def test_workers_leave_signals_to_the_parent_and_die_with_it(parent: tuple[subpr
         assert process.stdout.readline() == f"{expected}\n"
     assert all(map(alive, workers))
     process.kill()
-    deadline = time.monotonic() + 5
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(map(alive, workers))
+    assert gone(workers)
 
 
 def test_a_parent_that_closes_nothing_still_exits(parent: tuple[subprocess.Popen[str], list[int]]) -> None:
@@ -534,12 +506,7 @@ def test_a_parent_that_closes_nothing_still_exits(parent: tuple[subprocess.Popen
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_sample_is_called_as_webdataset_calls_it(tmp_path: Path, kind: int) -> None:
     names = ["a.jpg", "b/c.d.jpg", "./www.site.jpg", "ü/ñ.png", f"{'d' * 90}/{'e' * 80}.jpg", f"{'f' * 90}.x.jpg"]
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w", format=kind) as tar:
-        for name in names:
-            member = tarfile.TarInfo(name)
-            member.size = 3
-            tar.addfile(member, io.BytesIO(b"abc"))
+    path = write_tar(tmp_path / "a.tar", *((name, b"abc") for name in names), form=kind)
     index, _ = index_tar(path)
     keys = [ShardReader().key(index, sample) for sample in range(len(index))]
     with path.open("rb") as stream:

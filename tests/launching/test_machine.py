@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from seer.decoders import installed_decoders
-from seer.launching import machine
-from seer.launching.machine import GIB, Finding, Gpu
+from seer.launching import machine, machine_facts
+from seer.launching.machine import GIB, Finding
+from seer.launching.machine_facts import Gpu
 
 H100 = Gpu("H100", 80 * GIB, (9, 0))
 V100 = Gpu("V100", 16 * GIB, (7, 0))
@@ -100,13 +101,13 @@ def test_facts_become_findings(finding: Finding, level: str, words: str) -> None
 
 def test_every_installed_decoder_is_measured_in_a_second() -> None:
     began = time.process_time()
-    speeds = machine._images_a_second()
+    speeds = machine_facts.images_a_second()
     assert time.process_time() - began < 3
     assert list(speeds) == installed_decoders() and min(speeds.values()) > 10
 
 
 def test_interfaces_of_this_machine() -> None:
-    assert machine.interfaces()["lo"] == "127.0.0.1"
+    assert machine_facts.interfaces()["lo"] == "127.0.0.1"
 
 
 def program(folder: Path, name: str, script: str) -> None:
@@ -119,18 +120,18 @@ def test_a_controller_that_does_not_answer_costs_two_seconds(tmp_path: Path, mon
     program(tmp_path / "bin", "sbatch", "echo slurm 23.11")
     program(tmp_path / "bin", "sinfo", "exec sleep 60")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setattr(machine, "_SLURM_SECONDS", 0.2)
+    monkeypatch.setattr(machine_facts, "SLURM_SECONDS", 0.2)
     began = time.perf_counter()
-    assert machine._slurm() == (str(tmp_path / "bin" / "sbatch"), None, None)
+    assert machine_facts.slurm() == (str(tmp_path / "bin" / "sbatch"), None, None)
     assert time.perf_counter() - began < 5
     program(tmp_path / "bin", "sinfo", "echo gpu; echo cpu; echo gpu")
-    monkeypatch.setattr(machine, "_SLURM_SECONDS", 20)
-    assert machine._slurm() == (str(tmp_path / "bin" / "sbatch"), "slurm 23.11", ["gpu", "cpu"])
+    monkeypatch.setattr(machine_facts, "SLURM_SECONDS", 20)
+    assert machine_facts.slurm() == (str(tmp_path / "bin" / "sbatch"), "slurm 23.11", ["gpu", "cpu"])
 
 
 def test_a_host_name_without_address() -> None:
-    assert machine._addresses("no.such.host.invalid") == []
-    assert socket.gethostname() and machine._addresses("localhost")
+    assert machine_facts.addresses("no.such.host.invalid") == []
+    assert socket.gethostname() and machine_facts.addresses("localhost")
 
 
 def test_imports_no_torch() -> None:

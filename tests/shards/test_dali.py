@@ -6,7 +6,6 @@ python -m pytest -m slow tests/shards/test_dali.py
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_tars import write_names
 
 from seer.errors import UserError
 from seer.shard_index import index_path, load_index
@@ -27,18 +27,6 @@ from seer.shards.tar import DamagedTar
 from seer.shards.verify import verify
 
 SAMPLE = Path(__file__).parents[2] / "data_shards" / "sample" / "train"
-
-
-def write(path: Path, *names: str, form: int = tarfile.PAX_FORMAT, **fields: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=form) as tar:
-        for place, name in enumerate(names):
-            member = tarfile.TarInfo(name)
-            member.size = 300 * place
-            for field, value in fields.items():
-                setattr(member, field, value)
-            tar.addfile(member, io.BytesIO(bytes([place + 1]) * member.size))
-    return path
 
 
 def read(idx: bytes) -> list[list[tuple[str, int, int, str]]]:
@@ -56,7 +44,7 @@ def read(idx: bytes) -> list[list[tuple[str, int, int, str]]]:
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_are_where_tarfile_finds_them_and_grouped_as_wds2idx_does(tmp_path: Path, form: int) -> None:
     long = "deep/" * 25
-    path = write(
+    path = write_names(
         tmp_path / "a.tar",
         *("a.jpg", "a.CLS", "a.seg.png", "x/a.jpg", ".hidden.jpg", "x/._b.jpg", "b.jpg", "c.jpg", "b.cls"),
         *(f"{long}a.jpg", f"{long}a.cls", "README", "__meta__.json", "x.y/z.jpg", "./a.jpg"),
@@ -81,7 +69,7 @@ def test_members_are_where_tarfile_finds_them_and_grouped_as_wds2idx_does(tmp_pa
 
 @pytest.mark.parametrize("name", ["my photo.jpg", "x y/a.jpg", "a\t.jpg", "a\n.jpg", "a.my jpg", "a."])
 def test_names_that_break_the_form_are_refused(tmp_path: Path, name: str) -> None:
-    tar = write(tmp_path / "a.tar", "a.jpg", name)
+    tar = write_names(tmp_path / "a.tar", "a.jpg", name)
     with pytest.raises(UserError) as caught:
         export([tar])
     assert f"{name!r} in {tar} cannot be listed" in str(caught.value) and "\n" not in str(caught.value)
@@ -90,8 +78,8 @@ def test_names_that_break_the_form_are_refused(tmp_path: Path, name: str) -> Non
 
 def test_a_tar_without_samples_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.tar has no samples: DALI refuses"):
-        export([write(tmp_path / "a.tar", ".hidden.jpg")])
-    tar = write(tmp_path / "a.tar", "a.jpg", "b.jpg")
+        export([write_names(tmp_path / "a.tar", ".hidden.jpg")])
+    tar = write_names(tmp_path / "a.tar", "a.jpg", "b.jpg")
     tar.write_bytes(tar.read_bytes()[:512])
     with pytest.raises(DamagedTar):
         export([tar])
@@ -99,7 +87,7 @@ def test_a_tar_without_samples_and_a_damaged_one_are_refused(tmp_path: Path) -> 
 
 
 def test_where_indexes_go_and_what_is_there_stays(tmp_path: Path) -> None:
-    one, two = write(tmp_path / "x" / "a.tar", "a.jpg"), write(tmp_path / "y" / "a.tar", "a.jpg", "b.jpg")
+    one, two = write_names(tmp_path / "x" / "a.tar", "a.jpg"), write_names(tmp_path / "y" / "a.tar", "a.jpg", "b.jpg")
     assert export([one, two], workers=2) == 3
     assert (tmp_path / "x" / "a.idx").read_bytes() == idx_bytes(one)[0]
     with pytest.raises(UserError, match="have one name"):
@@ -223,7 +211,7 @@ def test_an_index_that_is_missing_is_named(shards: Path) -> None:
 
 
 def test_names_as_gnu_tar_writes_them_are_not_compared(tmp_path: Path) -> None:
-    tar = write(tmp_path / "a.tar", "a.jpg", "ü.jpg")
+    tar = write_names(tmp_path / "a.tar", "a.jpg", "ü.jpg")
     idx = idx_bytes(tar)[0].decode().replace("ü", r"\303\274")
     idx_path(tar).write_text(idx)
     assert choices([tar])[tar].tolist() == index_tar(tar)[0].offsets.tolist()
@@ -234,7 +222,7 @@ def test_names_as_gnu_tar_writes_them_are_not_compared(tmp_path: Path) -> None:
 def test_any_content_is_a_choice_of_members_or_one_line(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    tar = write(tmp_path_factory.getbasetemp() / "fuzz" / "a.tar", "a.jpg", "a.cls", "b.jpg", "c.jpg")
+    tar = write_names(tmp_path_factory.getbasetemp() / "fuzz" / "a.tar", "a.jpg", "a.cls", "b.jpg", "c.jpg")
     whole = idx_bytes(tar)[0]
     content = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -260,7 +248,7 @@ def test_dali_reads_by_our_index_what_it_finds_itself(tmp_path: Path, names: lis
     if names is None:
         shutil.copytree(SAMPLE, tmp_path / "tars")
     else:
-        write(tmp_path / "tars" / "a.tar", "0.jpg", *names, mtime=1.5)
+        write_names(tmp_path / "tars" / "a.tar", "0.jpg", *names, mtime=1.5)
     tars = sorted((tmp_path / "tars").glob("*.tar"))
     samples = export(tars)
 

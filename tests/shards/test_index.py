@@ -1,5 +1,4 @@
 import gc
-import io
 import json
 import os
 import re
@@ -7,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from plain_tars import write_tar
 
 from seer import shard_manifest
 from seer.errors import UserError
@@ -15,16 +15,6 @@ from seer.shards.index import Oddities, index, index_tar
 from seer.shards.tar import DamagedTar
 
 SAMPLE = Path(__file__).parents[2] / "data_shards" / "sample"
-
-
-def write(path: Path, *members: tuple[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def indexed(path: Path) -> tuple[list[tuple[bytes, int]], Oddities]:
@@ -36,7 +26,7 @@ def indexed(path: Path) -> tuple[list[tuple[bytes, int]], Oddities]:
 
 
 def test_images_and_labels_in_any_order(tmp_path: Path) -> None:
-    path = write(
+    path = write_tar(
         tmp_path / "a.tar",
         ("a.jpg", b"one"), ("a.cls", b"7"), ("a.txt", b"words"),
         ("b.cls", b" 12\n"), ("b.json", b"{}"), ("b.PNG", b"two"),
@@ -50,7 +40,7 @@ def test_images_and_labels_in_any_order(tmp_path: Path) -> None:
 def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
     import webdataset
 
-    path = write(
+    path = write_tar(
         tmp_path / "a.tar",
         ("a.jpg", b"1"), ("a.seg.png", b"-"), ("x/a.jpg", b"2"), ("x/a.cls", b"5"), ("b.rgb.jpg", b"3"),
         (".hidden.jpg", b"-"), ("noext", b"-"), ("g.jpg", b"4"), ("h.jpg", b"5"),
@@ -68,17 +58,17 @@ def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
 
 def test_hidden_files_in_folders_are_no_samples(tmp_path: Path) -> None:
     # macOS puts ._a.jpg, which is no image, beside a.jpg; WebDataset's own rule would take it for one.
-    path = write(tmp_path / "a.tar", ("x/._a.jpg", b"-"), ("x/a.jpg", b"1"))
+    path = write_tar(tmp_path / "a.tar", ("x/._a.jpg", b"-"), ("x/a.jpg", b"1"))
     assert indexed(path) == ([(b"1", -1)], Oddities())
 
 
 def test_a_plain_extension_goes_before_a_longer_suffix(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.tar", ("a.depth.png", b"depth"), ("a.png", b"image"))
+    path = write_tar(tmp_path / "a.tar", ("a.depth.png", b"depth"), ("a.png", b"image"))
     assert indexed(path) == ([(b"image", -1)], Oddities())
 
 
 def test_photographs_that_share_a_key_are_told(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.tar", ("www.a.com_1.jpg", b"1"), ("www.a.com_2.jpg", b"2"), ("b.jpg", b"3"))
+    path = write_tar(tmp_path / "a.tar", ("www.a.com_1.jpg", b"1"), ("www.a.com_2.jpg", b"2"), ("b.jpg", b"3"))
     images, odd = indexed(path)
     assert images == [(b"1", -1), (b"3", -1)] and odd == Oddities(several_images=1)
     assert "1 samples have several images" in odd.sentences()[0]
@@ -86,18 +76,18 @@ def test_photographs_that_share_a_key_are_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [b"cat", b"", b"-1", b"1.5", b"99999999999", b"7" * 40, "²".encode(), b"\xff"])
 def test_a_label_that_is_none(tmp_path: Path, text: bytes) -> None:
-    path = write(tmp_path / "a.tar", ("a.cls", text), ("a.jpg", b"1"), ("b.cls", b"3"), ("b.jpg", b"2"))
+    path = write_tar(tmp_path / "a.tar", ("a.cls", text), ("a.jpg", b"1"), ("b.cls", b"3"), ("b.jpg", b"2"))
     assert indexed(path) == ([(b"1", -1), (b"2", 3)], Oddities(unreadable_labels=1))
 
 
 def test_a_tar_without_images_has_an_empty_index(tmp_path: Path) -> None:
-    assert indexed(write(tmp_path / "a.tar", ("a.txt", b"x"))) == ([], Oddities(without_image=1))
-    assert indexed(write(tmp_path / "b.tar")) == ([], Oddities())
+    assert indexed(write_tar(tmp_path / "a.tar", ("a.txt", b"x"))) == ([], Oddities(without_image=1))
+    assert indexed(write_tar(tmp_path / "b.tar")) == ([], Oddities())
 
 
 def test_indexes_and_a_manifest_are_written(tmp_path: Path) -> None:
     for name in "ba":
-        write(tmp_path / f"{name}.tar", (f"{name}.jpg", b"1"), ("c.jpg", b"2"))
+        write_tar(tmp_path / f"{name}.tar", (f"{name}.jpg", b"1"), ("c.jpg", b"2"))
     result = index([f"{tmp_path}/*.tar"])
     assert [(shard.name, len(shard)) for shard in result.shards] == [("a.tar", 2), ("b.tar", 2)]
     content = json.loads((tmp_path / "manifest.json").read_bytes())
@@ -108,8 +98,8 @@ def test_indexes_and_a_manifest_are_written(tmp_path: Path) -> None:
 
 
 def test_a_second_call_reads_nothing_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "a.tar", ("a.jpg", b"1"))
-    write(tmp_path / "b.tar", ("b.jpg", b"1"))
+    write_tar(tmp_path / "a.tar", ("a.jpg", b"1"))
+    write_tar(tmp_path / "b.tar", ("b.jpg", b"1"))
     index([f"{tmp_path}/a.tar"])
     read: list[Path] = []
     monkeypatch.setattr("seer.shards.index.index_tar", lambda tar: read.append(tar) or index_tar(tar))
@@ -121,29 +111,29 @@ def test_a_second_call_reads_nothing_and_changes_nothing(tmp_path: Path, monkeyp
 
 
 def test_a_changed_tar_is_indexed_anew_even_at_the_same_size(tmp_path: Path) -> None:
-    tar = write(tmp_path / "a.tar", ("a.jpg", b"1"))
+    tar = write_tar(tmp_path / "a.tar", ("a.jpg", b"1"))
     index([str(tar)])
     before = load_index(tar)
-    write(tar, ("b.jpg", b"2"))
+    write_tar(tar, ("b.jpg", b"2"))
     os.utime(tar, ns=(0, index_path(tar).stat().st_mtime_ns + 1_000_000))
     index([str(tar)])
     assert load_index(tar).digest != before.digest and load_index(tar).tar_size == before.tar_size
 
 
 def test_an_index_that_is_damaged_is_made_anew(tmp_path: Path) -> None:
-    tar = write(tmp_path / "a.tar", ("a.jpg", b"1"))
+    tar = write_tar(tmp_path / "a.tar", ("a.jpg", b"1"))
     index_path(tar).write_bytes(b"nonsense")
     assert index([str(tar)]).already_there == 0
     assert len(load_index(tar)) == 1
 
 
 def test_a_folder_for_the_indexes(tmp_path: Path) -> None:
-    write(tmp_path / "tars" / "a.tar", ("a.jpg", b"1"))
+    write_tar(tmp_path / "tars" / "a.tar", ("a.jpg", b"1"))
     elsewhere = tmp_path / "in" / "dexes"
     index([f"{tmp_path}/tars/*.tar"], elsewhere)
     assert set(os.listdir(tmp_path / "tars")) == {"a.tar"}
     assert len(load_index(tmp_path / "tars" / "a.tar", elsewhere)) == 1
-    write(tmp_path / "more" / "a.tar", ("a.jpg", b"1"))
+    write_tar(tmp_path / "more" / "a.tar", ("a.jpg", b"1"))
     with pytest.raises(UserError, match="have one name"):
         index([f"{tmp_path}/tars/a.tar", f"{tmp_path}/more/a.tar"], elsewhere)
 
@@ -151,7 +141,7 @@ def test_a_folder_for_the_indexes(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_told_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tar = write(tmp_path / "a.tar", ("a.jpg", b"1"))
+    tar = write_tar(tmp_path / "a.tar", ("a.jpg", b"1"))
 
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
@@ -164,7 +154,7 @@ def test_a_folder_that_cannot_be_written_is_told_with_the_way_out(
 
 
 def test_a_manifest_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tar = write(tmp_path / "a.tar", ("a.jpg", b"1"))
+    tar = write_tar(tmp_path / "a.tar", ("a.jpg", b"1"))
 
     def refuse(*_: object, **more: object) -> None:
         raise OSError(30, "Read-only file system")
@@ -176,7 +166,7 @@ def test_a_manifest_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: 
 
 def test_a_damaged_tar_is_told_after_the_others_were_indexed(tmp_path: Path) -> None:
     for name in "abcd":
-        write(tmp_path / f"{name}.tar", (f"{name}.jpg", b"1"))
+        write_tar(tmp_path / f"{name}.tar", (f"{name}.jpg", b"1"))
     for name in "bc":
         whole = (tmp_path / f"{name}.tar").read_bytes()
         (tmp_path / f"{name}.tar").write_bytes(whole[:1024])
@@ -194,7 +184,7 @@ def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_others_is_left_alone(tmp_path: Path) -> None:
-    tar = write(tmp_path / "a.tar", ("a.jpg", b"1"))
+    tar = write_tar(tmp_path / "a.tar", ("a.jpg", b"1"))
     (tmp_path / "manifest.json").write_text('{"theirs": 1}')
     index([str(tar)])
     assert (tmp_path / "manifest.json").read_text() == '{"theirs": 1}'
@@ -203,7 +193,7 @@ def test_a_manifest_of_others_is_left_alone(tmp_path: Path) -> None:
 
 def test_processes_give_the_same(tmp_path: Path) -> None:
     for number in range(3):
-        write(tmp_path / f"{number}.tar", ("a.jpg", bytes(number)), ("b.jpg", b"2"))
+        write_tar(tmp_path / f"{number}.tar", ("a.jpg", bytes(number)), ("b.jpg", b"2"))
     one = index([f"{tmp_path}/*.tar"])
     stored = {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")}
     for path in tmp_path.glob("*.npz"):

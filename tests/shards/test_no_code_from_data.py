@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
-import tarfile
 from pathlib import Path
 
 import pytest
+from plain_tars import write_tar
 from tiny_run import make_images, tiny_config
 
 from seer.cli.main import main
@@ -68,14 +67,8 @@ def test_nothing_runs(tmp_path: Path, canary: Path, capsys: pytest.CaptureFixtur
     images = sorted(make_images(tmp_path / "images", classes=2, each=16).rglob("*.png"))
     hostile = hostile_files(canary)
     shards = tmp_path / f"pipe:touch {canary.name}"
-    shards.mkdir()
-    with tarfile.open(shards / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        for number, image in enumerate(images):
-            tar.add(image, f"good{number:03d}.png")
-        for name, content in hostile.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+    good = ((f"good{number:03d}.png", image.read_bytes()) for number, image in enumerate(images))
+    write_tar(shards / "a.tar", *good, *hostile.items())
     for name in ("a.tar.index", "a.index", "a.tar.idx", "a.tar.pkl", "wids.pkl"):
         (shards / name).write_bytes(hostile["s2.pkl"])
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from plain_tars import write_names
 
 from seer.errors import UserError
 from seer.shards.tar import DamagedTar, Member, members
@@ -31,14 +32,7 @@ def ours(path: Path) -> list[tuple[str, int, int]]:
 
 
 def write(path: Path, names: list[str], form: int = tarfile.USTAR_FORMAT, size: int = 700, **fields: object) -> Path:
-    with tarfile.open(path, "w", format=form) as tar:
-        for place, name in enumerate(names):
-            member = tarfile.TarInfo(name)
-            member.size = size + place
-            for field, value in fields.items():
-                setattr(member, field, value)
-            tar.addfile(member, io.BytesIO(bytes([place % 251 + 1]) * member.size))
-    return path
+    return write_names(path, *names, form=form, size=size, growth=1, **fields)
 
 
 LONG = "folder/" * 20 + "name.jpg"  # 148 characters: beyond the 100 of the old field

@@ -1,4 +1,3 @@
-import io
 import shutil
 import tarfile
 from dataclasses import replace
@@ -7,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plain_tars import write_tar
 
 from seer.errors import UserError
 from seer.shard_index import ShardIndex, index_path, load_index, save_index
@@ -73,12 +73,9 @@ def test_a_cut_tar_is_found(shards: Path) -> None:
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_flip_of_every_97th_byte_and_a_cut_at_every_boundary_is_found(tmp_path: Path, form: int) -> None:
     """Of headers, names, images, labels and padding; of members and the blocks inside of them."""
-    tar = tmp_path / "a.tar"
-    with tarfile.open(tar, "w", format=form) as file:
-        for name in ("a.jpg", "a.cls", "folder/" * 20 + "b.jpg", "c.jpg"):
-            member = tarfile.TarInfo(name)
-            member.size, member.mtime = 700, 1.5 if form == tarfile.PAX_FORMAT else 1
-            file.addfile(member, io.BytesIO(bytes(range(70)) * 10))
+    names = ("a.jpg", "a.cls", "folder/" * 20 + "b.jpg", "c.jpg")
+    contents = [(name, bytes(range(70)) * 10) for name in names]
+    tar = write_tar(tmp_path / "a.tar", *contents, form=form, mtime=1.5 if form == tarfile.PAX_FORMAT else 1)
     index([str(tar)])
     assert problems(tmp_path) == []
     whole = tar.read_bytes()

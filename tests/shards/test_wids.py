@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_tars import write_names
 
 from seer.errors import UserError
 from seer.shard_patterns import expand_shards
@@ -23,18 +24,6 @@ from seer.shards.tar import DamagedTar
 from seer.shards.wids import check, count_samples, export
 
 SAMPLE = Path(__file__).parents[2] / "data_shards" / "sample"
-
-
-def write(path: Path, *names: str, form: int = tarfile.PAX_FORMAT, **fields: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=form) as tar:
-        for place, name in enumerate(names):
-            member = tarfile.TarInfo(name)
-            member.size = 100 + 300 * place
-            for field, value in fields.items():
-                setattr(member, field, value)
-            tar.addfile(member, io.BytesIO(bytes([place + 1]) * member.size))
-    return path
 
 
 def counted_by_wids(tar: Path) -> int:
@@ -59,13 +48,14 @@ NAMES = [
 def test_samples_are_counted_as_wids_counts_them(
     names: list[str], form: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    tar = write(tmp_path_factory.getbasetemp() / "count" / "a.tar", *names, form=form, mtime=1.5 if form == 2 else 1)
+    tar = tmp_path_factory.getbasetemp() / "count" / "a.tar"
+    write_names(tar, *names, form=form, mtime=1.5 if form == 2 else 1)
     assert count_samples(tar) == counted_by_wids(tar)
 
 
 def test_what_wids_would_read_wrongly_is_refused(tmp_path: Path) -> None:
     long = "folder/" * 20
-    tar = write(tmp_path / "a.tar", f"{long}a.jpg", f"{long}b.jpg")
+    tar = write_names(tmp_path / "a.tar", f"{long}a.jpg", f"{long}b.jpg")
     assert counted_by_wids(tar) != 2
     for names, told in (
         ([f"{long}a.jpg"], "beyond the plain header"),
@@ -74,10 +64,10 @@ def test_what_wids_would_read_wrongly_is_refused(tmp_path: Path) -> None:
         (["a.jpg", "b.jpg", "a.jpg"], r"'a.jpg' in .* comes twice"),
     ):
         with pytest.raises(UserError, match=told):
-            count_samples(write(tmp_path / "a.tar", *names))
-    large = write(tmp_path / "a.tar", "a.jpg", pax_headers={"size": "100"})
+            count_samples(write_names(tmp_path / "a.tar", *names))
+    large = write_names(tmp_path / "a.tar", "a.jpg", pax_headers={"size": "100"})
     assert count_samples(large) == 1
-    data = bytearray(write(tmp_path / "a.tar", "a.jpg", form=tarfile.GNU_FORMAT).read_bytes())
+    data = bytearray(write_names(tmp_path / "a.tar", "a.jpg", form=tarfile.GNU_FORMAT).read_bytes())
     data[124:136] = b"\x80" + (100).to_bytes(11, "big")
     data[148:156] = b" " * 8
     data[148:156] = b"%06o\0 " % sum(data[:512])
@@ -87,7 +77,7 @@ def test_what_wids_would_read_wrongly_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_tar_that_is_damaged_or_missing_is_named(tmp_path: Path) -> None:
-    tar = write(tmp_path / "a.tar", "a.jpg", "b.jpg")
+    tar = write_names(tmp_path / "a.tar", "a.jpg", "b.jpg")
     tar.write_bytes(tar.read_bytes()[:1024])
     with pytest.raises(DamagedTar):
         export([tar], tmp_path / "set.json")
@@ -102,7 +92,7 @@ def test_wids_returns_every_sample_by_our_list(tmp_path: Path) -> None:
 
     for split in ("train", "val"):
         shutil.copytree(SAMPLE / split, tmp_path / "in" / "shards" / split)
-    elsewhere = write(tmp_path / "elsewhere" / "z.tar", "a.jpg", "a.txt", "b.txt", "README", "c.cls")
+    elsewhere = write_names(tmp_path / "elsewhere" / "z.tar", "a.jpg", "a.txt", "b.txt", "README", "c.cls")
     tars = expand_shards([f"{tmp_path}/in/shards/*/*.tar", str(elsewhere)])
     file = tmp_path / "in" / "set.json"
     listed = export([Path(tar) for tar in tars], file, workers=2)
@@ -137,12 +127,12 @@ def test_wids_returns_every_sample_by_our_list(tmp_path: Path) -> None:
 
 
 def test_the_same_list_again_and_another_one(tmp_path: Path) -> None:
-    tar, file = write(tmp_path / "a.tar", "a.jpg"), tmp_path / "set.json"
+    tar, file = write_names(tmp_path / "a.tar", "a.jpg"), tmp_path / "set.json"
     export([tar], file)
     before = file.stat().st_mtime_ns, file.read_bytes()
     export([tar], file)
     assert (file.stat().st_mtime_ns, file.read_bytes()) == before
-    more = [tar, write(tmp_path / "b.tar", "b.jpg")]
+    more = [tar, write_names(tmp_path / "b.tar", "b.jpg")]
     with pytest.raises(UserError, match=r"set\.json says something else: .*--overwrite"):
         export(more, file)
     assert file.read_bytes() == before[1]
@@ -155,7 +145,7 @@ def test_the_same_list_again_and_another_one(tmp_path: Path) -> None:
 @pytest.fixture
 def described(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A list of two tars, which agrees with them, and its content."""
-    tars = [write(tmp_path / name, "a.jpg", "b.jpg", "b.txt", "c.txt") for name in ("a.tar", "b.tar")]
+    tars = [write_names(tmp_path / name, "a.jpg", "b.jpg", "b.txt", "c.txt") for name in ("a.tar", "b.tar")]
     export(tars, tmp_path / "set.json")
     return tmp_path / "set.json", json.loads((tmp_path / "set.json").read_bytes())
 

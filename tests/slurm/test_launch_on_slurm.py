@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster, until
-from tiny_run import make_shards
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -32,11 +31,6 @@ SETTINGS = (
     "evaluation.every_steps=0",
     "parallel.timeout_seconds=60",  # on a busy machine processes start seconds apart
 )
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_shards(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")

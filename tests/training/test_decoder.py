@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import yaml
 from ranks import ranks
-from tiny_run import make_shards, tiny_config
+from tiny_run import tiny_config
 
 from seer import distributed
 from seer.decoders import installed_decoders
@@ -16,11 +16,6 @@ from seer.errors import UserError
 from seer.training import loop
 
 FASTEST = installed_decoders()[0]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_shards(tmp_path_factory.mktemp("decoder"))
 
 
 def saved(run: Path) -> tuple[str, dict[str, str]]:

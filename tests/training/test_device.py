@@ -6,16 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from lives import Life, losses
-from tiny_run import make_shards, tiny_config
+from tiny_run import tiny_config
 
 from seer.training import loop
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_shards(tmp_path_factory.mktemp("device"))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -5,18 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import make_shards, tiny_config
+from tiny_run import tiny_config
 
 from seer import build
 from seer.config import TrainConfig
 from seer.derived import resolve
 from seer.training.state import TrainState, fresh_state, state_tensors
 from seer.training.step import StepSettings, float_crops, set_learning_rate, step_settings, train_step
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_shards(tmp_path_factory.mktemp("step"))
 
 
 def start(config: TrainConfig) -> tuple[TrainState, StepSettings]:

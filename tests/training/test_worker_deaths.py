@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from ranks import ranks
-from tiny_run import NARROW, make_shards, tiny_config
+from tiny_run import NARROW, tiny_config
 
 from seer.checkpoint.store import CheckpointStore
 from seer.data import assembly
@@ -24,11 +23,6 @@ from seer.training import loop
 STEPS = 12  # two epochs of 48 images
 SLOTS = np.arange(8)
 Victim = tuple[str, int]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_shards(tmp_path_factory.mktemp("images"))
 
 
 def met_in(shards: str, batch: int, slot: int) -> tuple[str, str, int]:
