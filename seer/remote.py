@@ -1,13 +1,12 @@
 """Files behind http(s)://, s3:// and gs://: what is there, and their bytes, whole or in part (free of torch).
 
-The clients come from fsspec and are imported when the first address is opened. They get time-outs and no retries of
+The clients (`seer.remote_clients`) are imported when the first address is opened. They get time-outs and no retries of
 their own: all trying again happens here, in one way for all of them. Credentials come from the environment (AWS_*,
 GOOGLE_APPLICATION_CREDENTIALS, ~/.netrc), and no message shows those that an address holds (`seer.errors.shown`).
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import posixpath
 import random
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from seer.errors import UserError
+from seer.remote_clients import new_client
 
 T = TypeVar("T")
 
@@ -32,6 +32,9 @@ _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 15.0
 _TRANSIENT = (408, 425, 429)  # of the 4xx
 # Clients raise these of their own before they ask the server.
 _WITHOUT_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError")
+# Statuses that gcsfs tells by the beginning of its words, or by the name of an exception, alone.
+_WORDS_OF_GCSFS = {"Forbidden: ": 403, "Bad Request: ": 400}
+_NAMES_OF_GCSFS = {"ProxyError": 502, "NonRetryableError": 401}
 _NETWORK = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "requests", "urllib3", "fsspec")
 
 _clients: dict[tuple[int, str], Any] = {}
@@ -242,12 +245,22 @@ def _persistently(action: Callable[[], T], url: str, patience: float) -> T:
 
 def _endpoint(url: str) -> str:
     """Which server a bucket is asked from, where the environment says so."""
-    server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return f" (AWS_ENDPOINT_URL={server})" if server and url.startswith("s3:") else ""
+    names = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "gs": ("STORAGE_EMULATOR_HOST",)}
+    for name in names.get(url.partition("://")[0], ()):
+        if server := os.environ.get(name):
+            return f" ({name}={server})"
+    return ""
 
 
 def _status(error: BaseException) -> int:
     """The HTTP status behind an exception of any client, 0 where there is none."""
+    if getattr(error.__cause__, "retryable", False):
+        return 503  # of the server of Google's tokens; gcsfs says 401 whatever it said
+    if type(error).__name__ in _NAMES_OF_GCSFS:
+        return _NAMES_OF_GCSFS[type(error).__name__]
+    for words, meant in _WORDS_OF_GCSFS.items():
+        if str(error).startswith(words):
+            return meant
     seen: BaseException | None = error
     while seen is not None:
         response = getattr(seen, "response", None)
@@ -273,9 +286,9 @@ def _passes(error: Exception, status: int) -> bool:
 
 def _words(error: Exception) -> str:
     # Never its own words: they hold the address with all that is secret in it.
-    if isinstance(error, _CutShort):
-        return "the connection was cut"
     name = type(error).__name__
+    if isinstance(error, _CutShort) or name in ("ClientPayloadError", "ServerDisconnectedError"):
+        return "the connection was cut"
     if isinstance(error, TimeoutError) or "Timeout" in name:
         return "it does not answer in time"
     return "it cannot be reached" if "Connect" in name else f"the connection failed: {name}"
@@ -295,12 +308,24 @@ def _refusal(url: str, error: Exception, status: int) -> UserError:
             "the index is stale: the tar was changed or cut short after it was indexed",
             f"copy it again, or if the change was meant, run: seer shards index '{where}'",
         )
+    elif status in (401, 403) and _is_anonymous(url):
+        refused = Refused(
+            f"{where} is refused",
+            f"the server answers {status} to a request without credentials; buckets do so for what is missing too",
+            "check the address, set GOOGLE_APPLICATION_CREDENTIALS, or run: gcloud auth application-default login",
+        )
     elif status in (401, 403):
         remedy = (
             "check the address and the credentials in the environment (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, .netrc)"
         )
         refused = Refused(
-            f"{where} is refused", f"the server answers {status}; S3 does so for what is missing too", remedy
+            f"{where} is refused", f"the server answers {status}; buckets do so for what is missing too", remedy
+        )
+    elif type(error).__name__ == "DefaultCredentialsError":
+        refused = Refused(
+            f"{where} needs credentials",
+            "the file that GOOGLE_APPLICATION_CREDENTIALS names is not there, or holds none",
+            "mend the variable, or for a public bucket set FSSPEC_GS_TOKEN=anon",
         )
     elif type(error).__name__ in _WITHOUT_CREDENTIALS:
         remedy = "set them, or FSSPEC_S3_ANON=true for a public bucket on S3"
@@ -318,32 +343,16 @@ def _client(url: str) -> Any:
     with _making:
         mine = (os.getpid(), scheme)
         if mine not in _clients:
-            _clients[mine] = _new_client(scheme)
+            try:
+                _clients[mine] = new_client(scheme, _CONNECT_SECONDS, _READ_SECONDS)
+            except UserError:
+                raise
+            except Exception as error:  # of what the environment says
+                raise _refusal(url, error, _status(error)) from None
         return _clients[mine]
 
 
-def _new_client(scheme: str) -> Any:
-    try:
-        import fsspec
-
-        plain = {"use_listings_cache": False, "skip_instance_cache": True}
-        if scheme == "s3":
-            times = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS}
-            config = {**times, "retries": {"max_attempts": 0}}
-            client = fsspec.filesystem("s3", **plain, config_kwargs=config)
-            client.retries = 1
-            return client
-        if scheme == "gs":
-            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it tells what is told here, with more
-            return fsspec.filesystem("gs", **plain, requests_timeout=_READ_SECONDS)
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS)
-        session = {"timeout": timeout, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
-        return fsspec.filesystem(scheme, **plain, client_kwargs=session)
-    except ImportError:
-        raise UserError(
-            f"{scheme}:// needs packages that are not installed",
-            "the clients of buckets and web servers are an extra",
-            "pip install 'seer[remote]'",
-        ) from None
+def _is_anonymous(url: str) -> bool:
+    """Whether Google's client has found no credentials."""
+    client = _clients.get((os.getpid(), "gs")) if url.startswith("gs:") else None
+    return client is not None and client.credentials.credentials is None

@@ -56,8 +56,8 @@ def read(folder: str | Path) -> dict[str, Any] | None:
         else:
             content = json.loads(Path(folder, NAME).read_bytes())
     except remote.Refused as error:
-        # S3 says 403 of what is missing to those who may not list; the indexes will tell if all is refused.
-        if error.status in (403, 404):
+        # Buckets say so of what is missing to those who may not list; the indexes will tell if all is refused.
+        if error.status in (401, 403, 404):
             return None
         raise
     except UserError:

@@ -29,9 +29,9 @@ def run(argv: list[str]) -> int:
     arguments = Arguments("seer doctor", HELP)
     arguments.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     given = arguments.parse(argv)
-    from seer.launching.machine import look
+    from seer.launching import buckets, machine
 
-    found = look(Path.cwd())
+    found = machine.look(Path.cwd()) + buckets.look()
     if given.json:
         print(json.dumps([dataclasses.asdict(one) for one in found]))
     else:

@@ -160,14 +160,19 @@ class History:
     def to_come(self, batch_index: int, steps: int) -> list[str]:
         """A line on each arrival that is not in use before a batch, of a run of so many steps."""
         return [
-            f"{len(arrival.shards):,} new shard{'s' * (len(arrival.shards) != 1)} "
-            f"({sum(shard.samples for shard in arrival.shards):,} images){f' of {name}' * bool(name)} join at "
+            f"{_count(len(arrival.shards), 'new shard')} "
+            f"({_count(sum(shard.samples for shard in arrival.shards), 'image')})"
+            f"{f' of {name}' * bool(name)} join{'s' * (len(arrival.shards) == 1)} at "
             f"{'its ' * bool(name)}epoch {arrival.chapter.first_epoch:,} (step {arrival.chapter.first_batch:,}"
             f"{', after the last step of this run' * (arrival.chapter.first_batch >= steps)})"
             for name, arrivals in self._arrivals.items()
             for arrival in arrivals[1:]
             if not _begun(arrival, batch_index)
         ]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _begun(arrival: Arrival, batch_index: int) -> bool:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from seer.cli.main import main
-from seer.launching import machine
+from seer.launching import buckets, machine
 from seer.launching.machine import Finding
 
 FINE = Finding("torch", "ok", "2.13.0")
@@ -21,7 +21,8 @@ BROKEN = Finding("disk", "problem", "full " + 30 * "of everything ", "free some 
 def test_lines_and_exit_code(
     found: list[Finding], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine, "look", lambda folder: found)
+    monkeypatch.setattr(machine, "look", lambda folder: found[:1])
+    monkeypatch.setattr(buckets, "look", lambda: found[1:])
     assert main(["doctor"]) == code
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(found)
@@ -35,6 +36,7 @@ def test_this_machine() -> None:
     command = [sys.executable, "-m", "seer", "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     found = json.loads(done.stdout)
-    assert {one["subject"] for one in found} >= {"cores", "torch", "devices", "images", "network", "slurm", "disk"}
+    subjects = {one["subject"] for one in found}
+    assert subjects >= {"cores", "torch", "devices", "images", "network", "slurm", "disk", "buckets"}
     assert all(one["remedy"] for one in found if one["level"] != "ok")
     assert done.returncode == int(any(one["level"] == "problem" for one in found)) and done.stderr == ""

@@ -190,6 +190,9 @@ def test_a_copy_of_a_shard_may_join() -> None:
 
 
 def test_what_joins_is_said() -> None:
+    held, new = [shard("b"), shard("d")], [shard("e", samples=1)]
+    one = START.continued(listed([*held, *new]), [], 7, global_batch_size=BATCH, lanes=1, allow_growth=True)
+    assert one.to_come(7, 1000) == ["1 new shard (1 image) joins at epoch 2 (step 10)"]
     grown = go_on(START, "a b c d", 7)
     assert grown.to_come(7, 1000) == ["2 new shards (40 images) join at epoch 2 (step 10)"]
     assert grown.to_come(10, 1000) == grown.to_come(7, 1000)
@@ -206,8 +209,8 @@ def test_each_source_has_its_own_history() -> None:
     now = [source._replace(shards=2) for source in sources]
     grown = start.continued(more, now, 6, global_batch_size=BATCH, lanes=1, allow_growth=True)
     assert grown.to_come(6, 1000) == [
-        "1 new shard (20 images) of web join at its epoch 2 (step 8)",
-        "1 new shard (20 images) of own join at its epoch 2 (step 10)",
+        "1 new shard (20 images) of web joins at its epoch 2 (step 8)",
+        "1 new shard (20 images) of own joins at its epoch 2 (step 10)",
     ]
     with pytest.raises(UserError, match=r"source own of data\.mixture names n\.tar"):
         start.continued(

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from remote_servers import WebServer, s3_server, web_server
+from remote_servers import GoogleServer, WebServer, google_server, s3_server, web_server
 from tiny_run import make_shards
 
 from seer import remote
@@ -155,6 +155,70 @@ def test_batches_from_s3(packed: Path, tmp_path: Path, local: list[Batch]) -> No
         assert same(take(stream(ShardList.open(mixed, reading=reading(tmp_path, 0)))), local)
         with pytest.raises(UserError, match=r"no shard matches s3://shards/none/\*\.tar"):
             ShardList.open("s3://shards/none/*.tar")
+
+
+@pytest.fixture(scope="module")
+def buckets(packed: Path) -> Iterator[GoogleServer]:
+    """gs://shards/web: all files of `packed`; gs://bare/web: its tars alone."""
+    with google_server() as found:
+        for file in packed.iterdir():
+            found.put(f"gs://shards/web/{file.name}", file.read_bytes())
+            if file.suffix == ".tar":
+                found.put(f"gs://bare/web/{file.name}", file.read_bytes())
+        yield found
+
+
+@pytest.fixture
+def bucket(buckets: GoogleServer, monkeypatch: pytest.MonkeyPatch) -> GoogleServer:
+    buckets.fault = lambda path, number: None
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", buckets.url)
+    monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")
+    return buckets
+
+
+@pytest.mark.parametrize(
+    ("workers", "gigabytes"),
+    [(0, 1.0), pytest.param(2, 1.0, marks=pytest.mark.slow), (0, 0.0), pytest.param(2, 0.0, marks=pytest.mark.slow)],
+)
+def test_batches_from_google(
+    packed: Path, bucket: GoogleServer, tmp_path: Path, local: list[Batch], workers: int, gigabytes: float
+) -> None:
+    """Of a server that answers 503 and cuts in between; with a cache each tar comes once."""
+    shards = ShardList.open("gs://shards/web/*.tar", reading=reading(tmp_path, gigabytes))
+    assert [shard.location for shard in shards.listed] == [f"gs://shards/web/{name}" for name in names(packed)]
+    assert shards.digest == ShardList.open(f"{packed}/*.tar").digest
+    bucket.fault = lambda path, number: {1: "503", 2: "cut"}.get(number)
+    bucket.requests.clear()
+    assert same(take(stream(shards, workers=workers)), local)
+    if gigabytes:
+        assert 1 <= max(bucket.requests.count(path) for path in set(bucket.requests)) <= 4
+
+
+def test_indexes_of_a_bucket_in_a_local_folder(
+    packed: Path, bucket: GoogleServer, tmp_path: Path, local: list[Batch]
+) -> None:
+    """What a user does with tars of somebody else: index, verify, stats, train."""
+    indexes, tars = tmp_path / "indexes", "gs://bare/web/*.tar"
+    command = [sys.executable, "-m", "seer", "shards", "index", tars, "--index-dir", str(indexes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for name in names(packed):
+        assert (indexes / f"{name}.seer.npz").read_bytes() == (packed / f"{name}.seer.npz").read_bytes()
+    assert verify([tars], indexes) == ([], len(names(packed)))
+    seen = stats(Shards([tars], indexes), open_image, max_images=30)
+    assert (seen.images, seen.sampled, seen.bad) == (120, 30, {})
+    assert same(take(stream(ShardList.open(tars, indexes, reading(tmp_path)))), local)
+    with pytest.raises(UserError, match=r"has no index .* --index-dir 'DIR' and give data\.index_dir=DIR"):
+        ShardList.open(tars)
+    with pytest.raises(UserError, match=r"no shard matches gs://bare/none/\*\.tar"):
+        ShardList.open("gs://bare/none/*.tar")
+    damaged = bytearray((packed / names(packed)[1]).read_bytes())
+    damaged[700] ^= 1  # of an image
+    bucket.put(f"gs://bare/web/{names(packed)[1]}", bytes(damaged))
+    (altered,), _ = verify([tars], indexes)
+    assert f"gs://bare/web/{names(packed)[1]} is altered" in altered.problem
+    bucket.fault = lambda path, number: "403" if path.endswith("o/web%2Fmanifest.json") else None
+    assert ShardList.open("gs://shards/web/*.tar").digest == ShardList.open(f"{packed}/*.tar").digest
 
 
 def test_windows_go_through_a_small_cache(tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def test_shards_that_join_later_change_no_batch_before(tmp_path: Path, world: in
     joined = write_shard(tmp_path / "train-001b.tar", [picture(1000 + sample) for sample in range(6)])
     new = ShardList([old[0], old[1], joined, old[2], old[3]])
     history = History.beginning(old, []).continued(new, [], 4, global_batch_size=6, lanes=1, allow_growth=True)
-    assert history.to_come(4, 100) == ["1 new shard (6 images) join at epoch 2 (step 6)"]
+    assert history.to_come(4, 100) == ["1 new shard (6 images) joins at epoch 2 (step 6)"]
     for rank in range(world):
         part = {"workers": workers, "rank": rank, "world_size": world}
         before, grown = take(open_stream(old, **part), 0, 6), open_stream(new, history=history, **part)

@@ -150,7 +150,7 @@ def test_a_source_of_a_mixture_grows_alone(
     assert lives(mixed("new/0-new.tar"), stop=1) == EXIT_STOPPED  # 20 images: an epoch of 10 batches
     data = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
     assert lives(mixed("new/*.tar", GROWN)) == 0
-    said = "1 new shard (4 images) of own join at its epoch 1 (step 10, after the last step of this run)"
+    said = "1 new shard (4 images) of own joins at its epoch 1 (step 10, after the last step of this run)"
     assert said in capsys.readouterr().out
     grown = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
     (joined,) = grown.pop("joined")
