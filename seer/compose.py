@@ -24,7 +24,7 @@ from seer.config import MISSING, TrainConfig, freeze
 from seer.errors import UserError, closest
 
 # Only to recognise one that stands in a wrong place.
-VERBS = ("train", "launch", "shards", "evaluate", "export", "runs", "doctor")
+VERBS = ("preview", "train", "launch", "shards", "evaluate", "export", "runs", "doctor")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 

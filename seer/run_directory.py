@@ -199,6 +199,19 @@ def recorded_decoder(run_dir: str | Path) -> str | None:
     return decoder
 
 
+def check_data(run_dir: str | Path, data: Mapping[str, Any]) -> None:
+    """Whether batches are those that a run learned from; reads only.
+
+    Args:
+        run_dir: the folder of a run.
+        data: what they are made of (``DataStream.identity()``).
+
+    Raises:
+        UserError: they are not, or the folder holds no run.
+    """
+    _agree(_absolute(run_dir), frozen_config.contents(read_run(run_dir), None, data))
+
+
 def check_can_run(run_dir: str | Path, config: Mapping[str, Any], *, take_over: bool = False) -> None:
     """Whether a run could begin or go on in a folder, for those who start it later; nothing that is made here stays.
 

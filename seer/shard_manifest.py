@@ -86,3 +86,8 @@ def class_names(folder: str | Path) -> list[str]:
         remedy = "name a folder that was written by: seer shards pack --labels folders"
         raise UserError(f"{os.fspath(folder)} tells no class names", f"they stand in its {NAME}", remedy)
     return [str(name) for name in names]
+
+
+def class_name(classes: Sequence[str], label: int) -> str:
+    """The name of a class, its number where no name is known, nothing for no class (-1)."""
+    return "" if label < 0 else str(classes[label]) if label < len(classes) else str(label)

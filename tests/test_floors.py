@@ -35,7 +35,7 @@ WITHOUT_TORCH = (
     *("__init__", "errors", "config", "compose", "keyed_random", "shard_index", "files", "run_directory", "run_lock"),
     *("frozen_config", "remote_clients"),
     *("remote", "run_agreement", "shard_list", "shard_manifest", "shard_patterns", "wids_json", "decoders"),
-    *("validation", "derived", "source_list", "rank_environment"),
+    *("validation", "derived", "source_list", "rank_environment", "pictures", "observe/preview"),
     *(
         f"data/{name}"
         for name in (
@@ -53,7 +53,7 @@ WITHOUT_TORCH = (
     ),
     *("data/assembly", "data/pool", "data/ring", "data/worker", "data/worker_process"),
     *("data/shard_cache", "data/fetching"),
-    *("cli/__init__", "cli/main", "cli/arguments", "cli/launch", "cli/train", "cli/runs", "cli/doctor"),
+    *("cli/__init__", "cli/main", "cli/arguments", "cli/launch", "cli/train", "cli/runs", "cli/doctor", "cli/preview"),
     *(f"launching/{name}" for name in ("cluster", "entry", "folder", "follow", "local", "placement")),
     *(f"launching/{name}" for name in ("buckets", "machine", "machine_facts", "slurm", "submission", "tail")),
 )

@@ -212,6 +212,20 @@ class CheckpointStore:
                 )
         return None
 
+    def newest_state(self) -> dict[str, Any]:
+        """The JSON state of the newest checkpoint whose manifest is as it was written; its tensors are not looked at.
+
+        For this process alone, and without a word on damaged ones. Empty where none was ever saved.
+
+        Raises:
+            UserError: the folder cannot be read, or the checkpoint is of another format.
+        """
+        for step in sorted(self._steps(), reverse=True):
+            with contextlib.suppress(Damaged):  # a living run may just have removed it
+                state: dict[str, Any] = read_manifest(self._folder / f"step-{step:08d}", step)["state"]
+                return state
+        return {}
+
     def _steps(self) -> list[int]:
         try:
             names = os.listdir(self._folder)

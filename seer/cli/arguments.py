@@ -19,6 +19,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A number to count from 0 for `add_argument(type=...)`."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
+    return int(text)
+
+
 def positive_number(text: str) -> float:
     """A finite number above 0 for `add_argument(type=...)`."""
     try:
@@ -64,12 +71,7 @@ class Arguments(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The options as a namespace; a misspelt one is refused with the closest name, before any other complaint."""
-        known = [name for name in self._option_string_actions if name.startswith("--")]
-        for word in argv:
-            name = word.partition("=")[0]
-            if name.startswith("--") and name not in known:
-                raise UserError(f"{self.prog} {name}", "there is no such option", closest(name, known))
-        found, unexpected = self.parse_known_args(argv)
+        found, unexpected = self.parse_among_words(argv)
         if unexpected:
             raise UserError(
                 f"{self.prog} ... {unexpected[0]}",
@@ -77,3 +79,12 @@ class Arguments(argparse.ArgumentParser):
                 f"see {self.prog} --help",
             )
         return found
+
+    def parse_among_words(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """As `parse`, and the words that belong to no option, which may stand before, between and after them."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        for word in argv:
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                raise UserError(f"{self.prog} {name}", "there is no such option", closest(name, known))
+        return self.parse_known_args(argv)

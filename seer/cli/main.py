@@ -30,6 +30,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "shards": Verb("pack images into tar shards, index and verify shards", "seer.cli.shards"),
+    "preview": Verb("draw what the network sees: images, their crops, colours", "seer.cli.preview"),
     "train": Verb("pretrain a RegNetY on shards, without labels", "seer.cli.train"),
     "launch": Verb("put a run on the GPUs of this machine or of a SLURM cluster", "seer.cli.launch"),
     "evaluate": Verb("score a run's features on labelled shards", "seer.cli.evaluate"),

@@ -15,7 +15,6 @@ from pathlib import Path
 from seer.cli.amounts import many, said
 from seer.cli.arguments import Arguments, path, png, positive
 from seer.errors import UserError, closest, shown
-from seer.files import cannot_write
 from seer.shards.processes import Progress, cores
 
 HELP = """\
@@ -334,16 +333,13 @@ def _stats(argv: Sequence[str]) -> int:
         found = stats(shards, open_image, max_images=chosen.max, workers=chosen.workers, progress=progress)
     summary = f"{many(found.images, 'image')} in {many(found.shards, 'shard')}, {said(found.tar_bytes)}"
     if chosen.sheet:
+        from seer.pictures import save_png
         from seer.shards.sheet import contact_sheet
 
         picked = shards.pick(_ON_SHEET, chosen.seed)
         title = f"{len(picked)} of {summary}"
-        try:
-            contact_sheet(picked, open_image, title, f"{' '.join(chosen.patterns)}  seed {chosen.seed}").save(
-                chosen.sheet
-            )
-        except OSError as error:
-            raise cannot_write(chosen.sheet, error) from None
+        below = f"{' '.join(chosen.patterns)}  seed {chosen.seed}"
+        save_png(contact_sheet(picked, open_image, title, below), chosen.sheet)
     if chosen.json:
         print(json.dumps(found.as_json()))
         return 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from seer.cli.amounts import many, said, share
-from seer.shards.stats import QUANTILES, Stats, class_name
+from seer.shard_manifest import class_name
+from seer.shards.stats import QUANTILES, Stats
 
 _CLASSES = 20  # of more, the largest and the smallest are shown
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from seer import shard_manifest
 from seer.data import crops, photometric_parameters
 from seer.data.crops import CropSpec, UInt8s
 from seer.data.cutters import cutter_of
@@ -52,6 +55,44 @@ class BadSample:
     key: str
     reason: str
     stand_in: bool = False
+
+
+class Cut(NamedTuple):
+    """Which sample the crops of an image come from, and where they lie in it.
+
+    Attributes:
+        shard, sample: numbers.
+        boxes: (V, 4) int64: left, top, right, bottom in pixels of the upright image.
+        flips: (V,) bool: mirrored left to right.
+        bad: the samples that it replaces, the one whose turn it was first.
+    """
+
+    shard: int
+    sample: int
+    boxes: NDArray[np.int64]
+    flips: NDArray[np.bool_]
+    bad: list[BadSample]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A `Cut` for people: the sample by its names, and its bytes.
+
+    Attributes:
+        shard, sample, key: as of a `BadSample`.
+        name: of its class, its number where no name is known, "" for none.
+        data: the image's file.
+        boxes, flips, bad: as of the `Cut`.
+    """
+
+    shard: str
+    sample: int
+    key: str
+    name: str
+    data: bytes
+    boxes: NDArray[np.int64]
+    flips: NDArray[np.bool_]
+    bad: list[BadSample]
 
 
 class _Place(NamedTuple):
@@ -149,16 +190,57 @@ class BatchAssembler:
         Raises:
             UserError: a shard cannot be read, or too many images in a row cannot be decoded.
         """
+        return [sample for cut in self.cut(batch_index, rows, crops_out, parameters_out) for sample in cut.bad]
+
+    def cut(
+        self, batch_index: int, rows: range, crops_out: Sequence[UInt8s], parameters_out: Sequence[Float32s]
+    ) -> list[Cut]:
+        """As `fill`, and says what was cut, by rows."""
         slots = self._slots[rows.start : rows.stop]
         self._draw_parameters(batch_index, rows, slots, parameters_out)
         numbers = uniforms(self._seed, "crops", batch_index, slots, self._crops, crops.DRAWS)
         shards, samples = self._order.positions(batch_index, slots)
         places = [_Place(*place) for place in zip(rows, shards.tolist(), samples.tolist(), strict=True)]
-        bad: list[BadSample] = []
+        cuts: list[Cut] = []
         for start in range(0, len(places), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
-            bad += self._fill_rows(batch_index, places[part], numbers[part], crops_out)
-        return bad
+            cuts += self._cut_rows(batch_index, places[part], numbers[part], crops_out)
+        return cuts
+
+    def first(self, images: int) -> BatchAssembler:
+        """Makes the first so many images of this rank's part of any batch, with a reader of its own."""
+        part = copy.copy(self)
+        part._slots, part._reader = self._slots[:images], ShardReader(self._shards.reading)
+        part.announce = _to_nobody
+        return part
+
+    def origins(self, cuts: Sequence[Cut]) -> list[Origin]:
+        """What was cut, by its names; reads the files again.
+
+        Raises:
+            UserError: as `fill`.
+        """
+
+        @cache
+        def classes(folder: str) -> list[str]:
+            return (shard_manifest.read(folder) or {}).get("classes") or []
+
+        return [
+            Origin(
+                self.shard_path(cut.shard),
+                cut.sample,
+                self._reader.key(shard, cut.sample),
+                shard_manifest.class_name(
+                    classes(shard_manifest.folder_of(shard.location)), int(shard.labels[cut.sample])
+                ),
+                self._reader.read(shard, cut.sample),
+                cut.boxes,
+                cut.flips,
+                cut.bad,
+            )
+            for cut in cuts
+            for shard in [self._shards[cut.shard]]
+        ]
 
     def _draw_parameters(self, batch_index: int, rows: range, slots: Int64s, out: Sequence[Float32s]) -> None:
         draws = photometric_parameters.DRAWS
@@ -170,20 +252,21 @@ class BatchAssembler:
             every[:, rows.start : rows.stop] = by_crop[first : first + spec.count]
             first += spec.count
 
-    def _fill_rows(
+    def _cut_rows(
         self, batch_index: int, places: list[_Place], numbers: NDArray[np.float64], out: Sequence[UInt8s]
-    ) -> list[BadSample]:
+    ) -> list[Cut]:
         # Headers first: the boxes of all images are then found in one go, and a JPEG is decoded no larger than needed.
-        opened: list[OpenedImage | BadSample | None] = [self._open(place) for place in places]
+        opened = deque(self._open(place) for place in places)
         self.announce(-1, -1, -1)
         plan = self._plan(opened, numbers)
-        bad: list[BadSample] = []
+        cuts: list[Cut] = []
         for index, place in enumerate(places):
-            image, opened[index] = opened[index], None  # one decoded image at a time
-            failed = self._cut(place, image, plan, index, out)
-            if failed is not None:
-                bad += [failed, *self._substitute(batch_index, place, failed, numbers[index : index + 1], out)]
-        return bad
+            # Taken out: one decoded image at a time.
+            found = self._cut(place, opened.popleft(), plan, index, out)
+            if isinstance(found, BadSample):
+                found = self._substitute(batch_index, place, found, numbers[index : index + 1], out)
+            cuts.append(found)
+        return cuts
 
     def _open(self, place: _Place) -> OpenedImage | BadSample:
         if (place.shard, place.sample) in self.quarantine:
@@ -198,20 +281,20 @@ class BatchAssembler:
         except BadImage as error:
             return self._bad(place, error.reason)
 
-    def _plan(self, opened: Sequence[OpenedImage | BadSample | None], numbers: NDArray[np.float64]) -> crops.CropPlan:
+    def _plan(self, opened: Iterable[OpenedImage | BadSample], numbers: NDArray[np.float64]) -> crops.CropPlan:
         sizes = [image.size if isinstance(image, OpenedImage) else (1, 1) for image in opened]
         return crops.plan_crops(np.array(sizes, np.int64), self._specs, numbers, self._flip_probability)
 
     def _cut(
         self,
         place: _Place,
-        image: OpenedImage | BadSample | None,
+        image: OpenedImage | BadSample,
         plan: crops.CropPlan,
         index: int,
         out: Sequence[UInt8s],
-    ) -> BadSample | None:
+    ) -> Cut | BadSample:
         """Writes the crops of an opened image, or says why there are none."""
-        if not isinstance(image, OpenedImage):
+        if isinstance(image, BadSample):
             return image
         self.announce(*place)
         scale, boxes, flips = float(plan.scales[index]), plan.boxes[index], plan.flips[index]
@@ -219,20 +302,20 @@ class BatchAssembler:
             cutter_of(self.decoder)(image, scale, boxes, flips, self._specs, out, place.row)
         except BadImage as error:
             return self._bad(place, error.reason)
-        return None
+        return Cut(place.shard, place.sample, boxes, flips, [])
 
     def _substitute(
         self, batch_index: int, place: _Place, failed: BadSample, numbers: NDArray[np.float64], out: Sequence[UInt8s]
-    ) -> list[BadSample]:
-        """Writes the crops of another image; returns those that would not do either."""
+    ) -> Cut:
+        """Writes the crops of another image."""
         bad: list[BadSample] = []
         for shard, sample in self._candidates(batch_index, place.shard, place.sample):
             other = _Place(place.row, shard, sample)
             image = self._open(other)
-            again = self._cut(other, image, self._plan([image], numbers), 0, out)
-            if again is None:
-                return bad
-            bad.append(replace(again, stand_in=True))
+            found = self._cut(other, image, self._plan([image], numbers), 0, out)
+            if isinstance(found, Cut):
+                return found._replace(bad=[failed, *bad])
+            bad.append(replace(found, stand_in=True))
         raise UserError(
             f"shard {failed.shard}, sample {failed.sample} cannot be decoded ({failed.reason})",
             f"nor can {len(bad)} others in its place (the last one: {bad[-1].reason})" if bad else "there is no other",

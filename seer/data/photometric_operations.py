@@ -129,3 +129,9 @@ def normalise(x: Tensor) -> None:
     """(m, 3, H, W) by ImageNet's mean and deviation, in place."""
     for channel, (mean, deviation) in enumerate(zip(MEAN, STD, strict=True)):
         x[:, channel].sub_(mean).mul_(1 / deviation)
+
+
+def pixels_of(crops: Tensor) -> Tensor:
+    """Normalised crops (M, 3, H, W) back to pixels, (M, H, W, 3) uint8 on the CPU."""
+    mean, deviation = (torch.tensor(values, dtype=crops.dtype, device=crops.device) for values in (MEAN, STD))
+    return (crops.permute(0, 2, 3, 1) * deviation + mean).mul(255).round().clamp(0, 255).to("cpu", torch.uint8)

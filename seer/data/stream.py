@@ -9,14 +9,14 @@ import atexit
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seer.data.assembly import BadSample, BatchAssembler
+from seer.data.assembly import BadSample, BatchAssembler, Origin
 from seer.data.crops import CropSpec
 from seer.data.decode import DEFAULT_LIMITS, ImageLimits
 from seer.data.fetching import Fetcher, briefing_of
@@ -253,6 +253,27 @@ class DataStream:
         )
         self._running = _batches(self._pool, self._fetcher)
         return self._running
+
+    def look(self, batch_index: int, images: int) -> tuple[Batch, list[Origin]]:
+        """The first images of this rank's part of any batch, at most so many, and what each was cut from.
+
+        The same crops and parameters as in that batch, in tensors of their own; made by the calling process, beside
+        whatever `batches` does. Of remote shards only those that hold these images are fetched.
+
+        Raises:
+            UserError: as `batches`.
+        """
+        assembler = self._assembler.first(images)
+        arrays: list[Any] = [np.empty(shape, dtype) for shape, dtype in assembler.layout]
+        crops, photometric = arrays[: assembler.resolutions], arrays[assembler.resolutions :]
+        cuts = assembler.cut(batch_index, range(assembler.images), crops, photometric)
+        batch = Batch(
+            [torch.from_numpy(pixels) for pixels in crops],
+            [torch.from_numpy(rows) for rows in photometric],
+            [sample for cut in cuts for sample in cut.bad],
+            batch_index,
+        )
+        return batch, assembler.origins(cuts)
 
     def close(self) -> None:
         """Ends the workers."""

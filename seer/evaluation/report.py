@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from rich.table import Table
 from torch import Tensor
 
@@ -23,13 +22,13 @@ from seer.evaluation.features import (
     pixel_features,
 )
 from seer.evaluation.knn import Neighbours, knn_top1, nearest
-from seer.files import cannot_write, write_atomically
+from seer.pictures import INK, RED, fitted, font, save_png
 from seer.shard_list import ShardList
 
 _NAMES = {"knn_top1_pixels": "raw pixels", "knn_top1_untrained": "untrained network", "knn_top1": "trained network"}
 
-_PAPER, _INK, _FAINT = (250, 250, 248), (33, 37, 41), (120, 126, 133)
-_RIGHT, _WRONG = (34, 139, 84), (205, 52, 52)
+_PAPER, _FAINT = (250, 250, 248), (120, 126, 133)
+_RIGHT, _WRONG = (34, 139, 84), RED
 _GAP, _FRAME, _MARGIN = 8, 4, 20
 _MIN_TILE = 72
 
@@ -162,17 +161,11 @@ def neighbours_picture(
         return class_names[label] if class_names is not None and label < len(class_names) else f"class {label}"
 
     for row in range(len(queries.labels)):
-        sheet.tile(row, 0, queries.crops[row], _INK)
+        sheet.tile(row, 0, queries.crops[row], INK)
         sheet.name(row, name(int(queries.labels[row])))
         for column, index in enumerate(indices_RK[row].tolist()):
             sheet.tile(row, column + 1, bank.crops[index], _RIGHT if known[row, column] else _WRONG)
-    buffer = io.BytesIO()
-    sheet.image.save(buffer, "PNG", optimize=True)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, buffer.getvalue())
-    except OSError as error:
-        raise cannot_write(out, error) from None
+    save_png(sheet.image, out)
 
 
 class _Sheet:
@@ -192,22 +185,21 @@ class _Sheet:
         self._draw = ImageDraw.Draw(self.image)
 
     def head(self, title: str, below: str) -> None:
-        self._draw.text((_MARGIN, 14), title, fill=_INK, font=_font(20))
-        self._draw.text((_MARGIN, 42), below, fill=_FAINT, font=_font(13))
+        width = self.image.width - 2 * _MARGIN
+        self._draw.text((_MARGIN, 14), fitted(self._draw, title, 20, width), fill=INK, font=font(20))
+        self._draw.text((_MARGIN, 42), fitted(self._draw, below, 13, width), fill=_FAINT, font=font(13))
         base = self._HEAD - 22
-        self._draw.text((self._left(0), base), "query", fill=_FAINT, font=_font(13))
-        self._draw.text((self._left(1), base), "nearest neighbours", fill=_FAINT, font=_font(13))
+        self._draw.text((self._left(0), base), "query", fill=_FAINT, font=font(13))
+        self._draw.text((self._left(1), base), "nearest neighbours", fill=_FAINT, font=font(13))
         x = self._left(1) + 130
         for colour, words in ((_RIGHT, "same class"), (_WRONG, "another class")):
             self._draw.rectangle((x, base + 3, x + 10, base + 13), fill=colour)
-            self._draw.text((x + 16, base), words, fill=_FAINT, font=_font(13))
+            self._draw.text((x + 16, base), words, fill=_FAINT, font=font(13))
             x += 110
 
     def name(self, row: int, text: str) -> None:
-        font = _font(14)
-        while text and self._draw.textlength(text, font=font) > self._NAMES_WIDTH - 12:
-            text = text[:-2].rstrip(".") + "." if len(text) > 2 else ""
-        self._draw.text((_MARGIN, self._top(row) + self._tile // 2 - 9), text, fill=_INK, font=font)
+        text = fitted(self._draw, text, 14, self._NAMES_WIDTH - 12)
+        self._draw.text((_MARGIN, self._top(row) + self._tile // 2 - 9), text, fill=INK, font=font(14))
 
     def tile(self, row: int, column: int, crop: Tensor, colour: tuple[int, int, int]) -> None:
         x, y = self._left(column), self._top(row)
@@ -221,13 +213,6 @@ class _Sheet:
 
     def _top(self, row: int) -> int:
         return self._HEAD + self._step * row
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:  # pillow-simd follows an older Pillow, whose one font has one size
-        return ImageFont.load_default()
 
 
 def _gathered(batches: Iterable[LabelledCrops]) -> LabelledCrops:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.Image import Resampling
 
+from seer.pictures import FAINT, INK, PAPER, RED, fitted, font
 from seer.shards.formats import OpenImage
 from seer.shards.stats import Picked
 
-# White photographs stand out from this grey.
-_PAPER, _INK, _FAINT, _BAD = (232, 233, 235), (33, 37, 41), (98, 104, 111), (205, 52, 52)
 _MARGIN, _GAP, _HEAD, _LINE = 20, 10, 64, 14
 _ROW = 150  # height of a row of large images
 _SMALLEST_ROW = 64
@@ -54,10 +51,10 @@ def contact_sheet(picked: Sequence[Picked], open_image: OpenImage, title: str, b
     placed = _rows(widths, rows)
     inner = max(_NARROWEST_SHEET, *(sum(widths[tile] + _GAP for tile in line) - _GAP for line in placed))
     step = row + captions + _GAP
-    sheet = Image.new("RGB", (inner + 2 * _MARGIN, _HEAD + step * len(placed) + _MARGIN - _GAP), _PAPER)
+    sheet = Image.new("RGB", (inner + 2 * _MARGIN, _HEAD + step * len(placed) + _MARGIN - _GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, 12), _cut(draw, title, 18, inner), fill=_INK, font=_font(18))
-    draw.text((_MARGIN, 36), _cut(draw, below, 12, inner), fill=_FAINT, font=_font(12))
+    draw.text((_MARGIN, 12), fitted(draw, title, 18, inner), fill=INK, font=font(18))
+    draw.text((_MARGIN, 36), fitted(draw, below, 12, inner), fill=FAINT, font=font(12))
     for number, line in enumerate(placed):
         # Rows end at the same edge: what is missing goes between the images.
         slack = inner - sum(widths[tile] + _GAP for tile in line) + _GAP
@@ -91,28 +88,11 @@ def _rows(widths: Sequence[int], rows: int) -> list[list[int]]:
 
 def _draw(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: _Tile, x: int, y: int, width: int, height: int) -> None:
     if tile.picture is None:
-        draw.rectangle((x, y, x + width - 1, y + height - 1), outline=_BAD)
+        draw.rectangle((x, y, x + width - 1, y + height - 1), outline=RED)
     else:
         size = (max(1, min(width, round(tile.aspect * height))), max(1, min(height, round(width / tile.aspect))))
         sheet.paste(tile.picture.resize(size, Resampling.LANCZOS), (x, y + (height - size[1]) // 2))
-    lines = [(tile.name, _INK)] if tile.name else []
-    lines.append((tile.size, _FAINT if tile.picture is not None else _BAD))
+    lines = [(tile.name, INK)] if tile.name else []
+    lines.append((tile.size, FAINT if tile.picture is not None else RED))
     for number, (text, colour) in enumerate(lines):
-        draw.text((x, y + height + 2 + number * _LINE), _cut(draw, text, 11, width), fill=colour, font=_font(11))
-
-
-def _cut(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
-    font = _font(size)
-    if draw.textlength(text, font=font) <= width:
-        return text
-    lengths = range(1, len(text))
-    fits = bisect_right(lengths, width, key=lambda length: int(draw.textlength(text[:length] + "\u2026", font=font)))
-    return text[:fits] + "\u2026"
-
-
-@lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:  # pillow-simd follows an older Pillow, whose one font has one size
-        return ImageFont.load_default()
+        draw.text((x, y + height + 2 + number * _LINE), fitted(draw, text, 11, width), fill=colour, font=font(11))

@@ -16,6 +16,7 @@ from seer import remote, shard_manifest
 from seer.errors import UserError
 from seer.keyed_random import uniforms
 from seer.shard_index import ShardIndex, load_index
+from seer.shard_manifest import class_name
 from seer.shard_patterns import expand_shards
 from seer.shards.formats import LONGEST_START, OpenImage, extension_of
 from seer.shards.processes import Progress, each, silent
@@ -158,11 +159,6 @@ class Shards:
             for place, label, data in zip(places.tolist(), index.labels[samples].tolist(), datas, strict=True):
                 found[place] = Picked(data, class_name(self.classes, label))
         return [found[place] for place in drawn]
-
-
-def class_name(classes: Sequence[str], label: int) -> str:
-    """The name of a class, its number where no name is known, nothing for no class (-1)."""
-    return "" if label < 0 else classes[label] if label < len(classes) else str(label)
 
 
 def _classes(tars: Sequence[str]) -> list[str]:

@@ -135,6 +135,16 @@ def test_nothing_whole_is_not_a_fresh_start(tmp_path):
         store.newest()
 
 
+def test_the_newest_state_is_that_of_a_whole_manifest_whatever_became_of_the_tensors(tmp_path, capsys):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=3)
+    assert store.newest_state() == {} and not (tmp_path / "checkpoints").exists()
+    for step in (1, 2, 3):
+        store.save(step, tensors(), {"n": step})
+    (tmp_path / "checkpoints" / "step-00000003" / "manifest.json").write_text("{}")
+    (tmp_path / "checkpoints" / "step-00000002" / "__0_0.distcp").unlink()
+    assert store.newest_state() == {"n": 2} and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("number", [1, 3])
 def test_another_format_is_not_called_damaged(tmp_path, monkeypatch, number):
     monkeypatch.setattr(store_module, "FORMAT", number)

@@ -71,6 +71,7 @@ def test_help_answers_at_once() -> None:
         ["train", "--help"],
         ["evaluate", "knn", "--help"],
         ["export", "--help"],
+        ["preview", "--help"],
         ["launch", "--help"],
     ],
 )
@@ -140,6 +141,19 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["export", "--run", "x", "--out", "y", "--format", "tensorflow"], "invalid choice: 'tensorflow'"),
         (["export", "--run", "x", "--out", "y", "z"], "belongs to no option"),
         (["export", "--out", "y"], "required: --run"),
+        (["preview", "experiment=small"], "required: --out"),
+        (["preview", "experiment=small", "--out", "x.png"], "data.shards is empty"),
+        (["preview", "experiment=smal", "--out", "x.png"], "did you mean 'small'?"),
+        (["preview", "train.stps=3", "--out", "x.png"], "did you mean 'train.steps'?"),
+        (["preview", "SHARDS/*.tar", "--out", "x.png"], "data.shards='SHARDS/*.tar'"),
+        (["preview", "data.shards=none.tar", "--out", "x.png"], "no shard matches none.tar"),
+        (["preview", "data.shards=a", "--out", "x.png", "train.steps=7", "--batch", "7"], "use 6 at most"),
+        (["preview", "data.shards=a", "--out", "x.png", "--batch", "-1"], "no whole number of 0 or more"),
+        (["preview", "data.shards=a", "--out", "x.png", "--images", "65"], "use 64 at most"),
+        (["preview", "data.shards=a", "--out", "x.png", "--imags", "6"], "did you mean '--images'?"),
+        (["preview", "data.shards=a", "--out", "x.jpg"], "it ends in .png"),
+        (["preview", "--run", "x", "--out", "x.png"], "x does not exist"),
+        (["preview", "--run", "x", "--out", "x.png", "seed=1"], "--run and seed=1"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(

@@ -138,6 +138,17 @@ def test_batches_from_a_web_server(
         assert all(1 <= count <= 3 for count in asked.values()), asked  # once, but for the 503s
 
 
+def test_a_look_fetches_the_shards_of_the_images_that_it_shows(
+    packed: Path, server: WebServer, tmp_path: Path, local: list[Batch]
+) -> None:
+    shards = ShardList.open(pattern(packed, server.url), reading=reading(tmp_path))
+    batch, origins = stream(shards).look(3, 2)
+    assert torch.equal(batch.crops[0], local[3].crops[0].unflatten(0, (2, 8))[:, :2].flatten(0, 1))
+    shown = {origin.shard.rpartition("/")[2] for origin in origins}
+    assert {name for name in names(packed) if f"/{name}" in server.requests} == shown and len(shown) < len(shards)
+    assert {origin.name for origin in origins} <= {"class0", "class1", "class2"}
+
+
 @pytest.mark.slow
 def test_batches_from_s3(packed: Path, tmp_path: Path, local: list[Batch]) -> None:
     with s3_server() as endpoint:

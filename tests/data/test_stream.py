@@ -189,6 +189,57 @@ def joined(parts: list[Batch]) -> tuple[list[bytes], list[bytes], list[str], int
     )
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("images", [1, 4, 99])
+def test_a_look_shows_the_first_images_of_a_batch(tmp_path: Path, workers: int, images: int) -> None:
+    shards = write_shards(tmp_path, broken=BROKEN)
+    stream = open_stream(shards, workers=workers)
+    replaced = 0
+    for whole in take(stream, 1, 4):
+        looked, origins = stream.look(whole.batch_index, images)
+        count = min(images, 6)
+        for field in ("crops", "photometric"):
+            for found, every, spec in zip(getattr(looked, field), getattr(whole, field), SPECS, strict=True):
+                expected = every.unflatten(0, (spec.count, 6))[:, :count]
+                assert torch.equal(found, expected.reshape(found.shape))
+        assert looked.bad == whole.bad[: len(looked.bad)] and (count < 6 or looked.bad == whole.bad)
+        assert looked.bad == [bad for origin in origins for bad in origin.bad] and len(origins) == count
+        replaced += sum(bool(origin.bad) for origin in origins)
+    assert replaced or images == 1
+
+
+def test_a_look_tells_what_was_cut(tmp_path: Path) -> None:
+    """Each crop again, by Pillow alone: the box of the named file, resized and mirrored."""
+    shards = write_shards(tmp_path, broken=BROKEN)
+    replaced = 0
+    for number in range(4):
+        batch, origins = open_stream(shards).look(number, 6)
+        for row, origin in enumerate(origins):
+            at = {shard.location: shard for shard in shards.listed}[origin.shard]
+            index = shards[shards.listed.index(at)]
+            start = int(index.offsets[origin.sample])
+            assert origin.data == Path(origin.shard).read_bytes()[start : start + int(index.sizes[origin.sample])]
+            assert origin.key == f"{origin.sample:06d}" and origin.name == ""
+            picture = Image.open(io.BytesIO(origin.data))
+            crops = [crop for of_size in batch.crops for crop in of_size[row::6].numpy()]
+            for crop, box, flip in zip(crops, origin.boxes.tolist(), origin.flips.tolist(), strict=True):
+                again = np.asarray(picture.resize(crop.shape[:2], Image.Resampling.BILINEAR, box=box))
+                assert np.array_equal(crop, again[:, ::-1] if flip else again)
+            replaced += len(origin.bad)
+    assert replaced
+
+
+def test_a_look_leaves_a_running_iterator_alone(shards: ShardList) -> None:
+    plain = take(open_stream(shards), 0, 3)
+    stream = open_stream(shards)
+    found = []
+    for batch in itertools.islice(stream.batches(0), 3):
+        stream.look(7, 4)
+        found.append(kept(batch))
+    stream.close()
+    assert all(map(same, plain, found))
+
+
 def test_any_batch_can_be_the_first(shards: ShardList) -> None:
     whole = take(open_stream(shards), 0, 9)  # three epochs of three batches
     for start in (1, 3, 8):
