@@ -10,6 +10,8 @@ from typing import Any
 
 from seer.errors import UserError
 
+_CONNECTIONS = 64
+
 
 def new_client(scheme: str, connect_seconds: float, read_seconds: float) -> Any:
     """A file system of fsspec.
@@ -29,7 +31,9 @@ def new_client(scheme: str, connect_seconds: float, read_seconds: float) -> Any:
         plain = {"use_listings_cache": False, "skip_instance_cache": True}
         if scheme == "s3":
             times = {"connect_timeout": connect_seconds, "read_timeout": read_seconds}
-            client = fsspec.filesystem("s3", **plain, config_kwargs={**times, "retries": {"max_attempts": 0}})
+            # By default ten, and the other threads would wait for them.
+            config = {**times, "max_pool_connections": _CONNECTIONS, "retries": {"max_attempts": 0}}
+            client = fsspec.filesystem("s3", **plain, config_kwargs=config)
             client.retries = 1
             return client
         import aiohttp

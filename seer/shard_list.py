@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -28,6 +29,7 @@ _HELD_SAMPLES = 1 << 22  # of indexes that are held: 64 MB
 _FEW = 256
 _TOO_MANY = 1 << 40  # samples of one tar: a slip of whoever edited the list
 _AT_ONCE = 16  # remote indexes that are asked for together
+_TURNS = 64  # of loading: shards whose numbers differ by a multiple of it are not loaded at the same time
 _DIGEST = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{32})?")  # the second part: of a choice of samples
 
 
@@ -48,7 +50,8 @@ class ListedShard(NamedTuple):
 class ShardList:
     """Some shards in their order; which sample is drawn when depends on this list through `digest` alone.
 
-    `shards[number]` is the index of a shard. A list can be pickled; the indexes that were loaded stay behind.
+    `shards[number]` is the index of a shard; threads may share the list. It can be pickled; the indexes that were
+    loaded stay behind.
 
     Args:
         shards: indexes, or what is known of shards whose index is loaded when it is asked for.
@@ -60,6 +63,8 @@ class ShardList:
         counts: (S,) int64, images of each shard; some may be 0.
         digest: 32 hexadecimal characters over (file name, count, tar digest) of every shard in order, not over folders.
     """
+
+    _OF_A_PROCESS = ("_loaded", "_held", "_keeping", "_turns")
 
     def __init__(
         self,
@@ -77,8 +82,13 @@ class ShardList:
         self.digest = list_digest((shard.name, shard.samples, shard.digest) for shard in self.listed)
         self._index_dir, self.reading = index_dir, reading
         self._given = {number: shard for number, shard in enumerate(shards) if isinstance(shard, ShardIndex)}
+        self._begin()
+
+    def _begin(self) -> None:
+        """With no index loaded."""
         self._loaded: dict[int, ShardIndex] = {}
-        self._held = 0
+        self._held, self._keeping = 0, threading.Lock()
+        self._turns = [threading.Lock() for _ in range(_TURNS)]
 
     @classmethod
     def open(
@@ -119,9 +129,21 @@ class ShardList:
         Raises:
             UserError: from `load_index`, or an index that is not the one that the folder's list tells of.
         """
-        for known in (self._given, self._loaded):
-            if number in known:
-                return known[number]
+        if (known := self._known(number)) is not None:
+            return known
+        with self._turns[number % _TURNS]:
+            known = self._known(number)  # whoever was waited for has loaded it
+            return self._load(number) if known is None else known
+
+    def is_loaded(self, number: int) -> bool:
+        """Whether the index of a shard is here."""
+        return self._known(number) is not None
+
+    def _known(self, number: int) -> ShardIndex | None:
+        given = self._given.get(number)
+        return self._loaded.get(number) if given is None else given
+
+    def _load(self, number: int) -> ShardIndex:
         shard = self.listed[number]
         found = load_index(shard.location, self._index_dir, patience=self.reading.patience)
         if (len(found), found.tar_size, found.digest) != shard[1:]:
@@ -130,17 +152,22 @@ class ShardList:
                 "a folder's list tells what its indexes hold",
                 f"run: seer shards index '{shard.location}'",
             )
-        self._loaded[number] = found
-        self._held += len(found)
-        while self._held > _HELD_SAMPLES and len(self._loaded) > 1:
-            self._held -= len(self._loaded.pop(next(iter(self._loaded))))
+        with self._keeping:
+            self._loaded[number] = found
+            self._held += len(found)
+            while self._held > _HELD_SAMPLES and len(self._loaded) > 1:
+                self._held -= len(self._loaded.pop(next(iter(self._loaded))))
         return found
 
     def __len__(self) -> int:
         return len(self.listed)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_loaded": {}, "_held": 0}
+        return {name: value for name, value in self.__dict__.items() if name not in self._OF_A_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     @property
     def samples(self) -> int:

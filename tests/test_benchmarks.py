@@ -118,3 +118,25 @@ def test_loader_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
     written = json.loads(out.read_text())
     assert written["summary"]["ratios"] == told
     assert written["rounds"]["workers"].keys() == set(installed_decoders())
+
+
+@pytest.mark.slow
+def test_remote_benchmark_ends_with_its_ratios(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(24):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 10, 3), np.uint8)
+        Image.fromarray(pixels).resize((250, 190)).save(tmp_path / "images" / f"{number}.jpg")
+    told = last_line(
+        "bench_remote.py",
+        *("--images", tmp_path / "images", "--latencies", "0", "5", "--batch", "4", "--batches", "1", "--rounds", "1"),
+        *("--cold-shards", "3", "--cold-megabytes", "0.05", "--folder", tmp_path, "--out", tmp_path / "remote.json"),
+    )
+    kinds = [f"{kind}_{workers}" for kind in ("files", "cache", "ranges") for workers in (0, 2)]
+    assert told["ratios"].keys() == {f"{kind}_{latency}ms" for kind in kinds for latency in (0, 5)}
+    assert all(ratio > 0 for ratio in told["ratios"].values())
+    cache, ranges = told["cold"]["cache"], told["cold"]["ranges"]
+    # Whole shards are sent once; the others were not asked for as a whole, and an image comes again in each epoch.
+    assert cache["sent_ratio"] == pytest.approx(1, abs=0.05)
+    assert ranges["requests"] > 20 * 4 and cache["requests"] < 20
+    assert json.loads((tmp_path / "remote.json").read_text())["summary"] == told
+    assert sorted(os.listdir(tmp_path)) == ["images", "remote.json"]

@@ -51,7 +51,7 @@ WITHOUT_TORCH = (
             "photometric_parameters",
         )
     ),
-    *("data/assembly", "data/pool", "data/ring", "data/worker", "data/worker_process"),
+    *("data/ahead", "data/assembly", "data/pool", "data/ring", "data/worker", "data/worker_process"),
     *("data/shard_cache", "data/fetching"),
     *("cli/__init__", "cli/main", "cli/arguments", "cli/launch", "cli/train", "cli/runs", "cli/doctor", "cli/preview"),
     *(f"launching/{name}" for name in ("cluster", "entry", "folder", "follow", "local", "placement")),

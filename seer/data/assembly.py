@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from seer import shard_manifest
 from seer.data import crops, photometric_parameters
+from seer.data.ahead import INDEX_ALONE, ReadAhead
 from seer.data.crops import CropSpec, UInt8s
 from seer.data.cutters import cutter_of
 from seer.data.decode import DEFAULT_LIMITS, BadImage, ImageLimits, OpenedImage, open_image
@@ -25,6 +26,7 @@ from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.sources import ShardReader
 from seer.errors import UserError, shown
 from seer.keyed_random import uniforms
+from seer.remote import is_remote
 from seer.shard_list import ShardList
 
 # A bad image is replaced by one of so many that follow it in its shard, then by the first ones of the next shards.
@@ -142,6 +144,7 @@ class BatchAssembler:
         self._specs, self._flip_probability, self._photometric = list(specs), flip_probability, photometric
         self._reader = ShardReader(shards.reading)
         self._limits, self._crops = limits, sum(spec.count for spec in specs)
+        self._ahead = self._read_ahead()
         self.decoder = decoder
         self.quarantine: set[tuple[int, int]] = set()
         self.announce: Callable[[int, int, int], None] = _to_nobody
@@ -175,6 +178,22 @@ class BatchAssembler:
         """The tar of a shard's number, as it is told."""
         return shown(self._shards.listed[shard].location)
 
+    def expect(self, batch_index: int, rows: range) -> None:
+        """Asks for what `fill` will need of remote shards; returns at once.
+
+        These are images of shards that are read in parts, and indexes that were not loaded yet.
+        """
+        if self._ahead is not None:
+            self._ahead.want(self._expected(batch_index, rows))
+
+    def _expected(self, batch_index: int, rows: range) -> Iterator[tuple[tuple[int, int], int, int]]:
+        for row, shard, sample in self._places(batch_index, rows):
+            if (shard, sample) not in self.quarantine:
+                if self._reader.apart(self._shards.listed[shard]):
+                    yield (batch_index, row), shard, sample
+                elif not self._shards.is_loaded(shard) and is_remote(self._shards.listed[shard].location):
+                    yield (batch_index, row), shard, INDEX_ALONE
+
     def fill(
         self, batch_index: int, rows: range, crops_out: Sequence[UInt8s], parameters_out: Sequence[Float32s]
     ) -> list[BadSample]:
@@ -196,23 +215,31 @@ class BatchAssembler:
         self, batch_index: int, rows: range, crops_out: Sequence[UInt8s], parameters_out: Sequence[Float32s]
     ) -> list[Cut]:
         """As `fill`, and says what was cut, by rows."""
+        self.expect(batch_index, rows)
         slots = self._slots[rows.start : rows.stop]
         self._draw_parameters(batch_index, rows, slots, parameters_out)
         numbers = uniforms(self._seed, "crops", batch_index, slots, self._crops, crops.DRAWS)
-        shards, samples = self._order.positions(batch_index, slots)
-        places = [_Place(*place) for place in zip(rows, shards.tolist(), samples.tolist(), strict=True)]
+        places = self._places(batch_index, rows)
         cuts: list[Cut] = []
-        for start in range(0, len(places), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
-            cuts += self._cut_rows(batch_index, places[part], numbers[part], crops_out)
+        try:
+            for start in range(0, len(places), _ROWS_AT_ONCE):
+                part = slice(start, start + _ROWS_AT_ONCE)
+                cuts += self._cut_rows(batch_index, places[part], numbers[part], crops_out)
+        finally:
+            if self._ahead is not None:
+                self._ahead.forget((batch_index, row) for row in rows)
         return cuts
 
     def first(self, images: int) -> BatchAssembler:
         """Makes the first so many images of this rank's part of any batch, with a reader of its own."""
         part = copy.copy(self)
         part._slots, part._reader = self._slots[:images], ShardReader(self._shards.reading)
-        part.announce = _to_nobody
+        part._ahead, part.announce = part._read_ahead(), _to_nobody
         return part
+
+    def _read_ahead(self) -> ReadAhead | None:
+        away = any(is_remote(shard.location) for shard in self._shards.listed)
+        return ReadAhead(self._shards, self._reader.request, self._limits.max_bytes) if away else None
 
     def origins(self, cuts: Sequence[Cut]) -> list[Origin]:
         """What was cut, by its names; reads the files again.
@@ -242,6 +269,10 @@ class BatchAssembler:
             for shard in [self._shards[cut.shard]]
         ]
 
+    def _places(self, batch_index: int, rows: range) -> list[_Place]:
+        shards, samples = self._order.positions(batch_index, self._slots[rows.start : rows.stop])
+        return [_Place(*place) for place in zip(rows, shards.tolist(), samples.tolist(), strict=True)]
+
     def _draw_parameters(self, batch_index: int, rows: range, slots: Int64s, out: Sequence[Float32s]) -> None:
         draws = photometric_parameters.DRAWS
         numbers = uniforms(self._seed, "photometric", batch_index, slots, self._crops, draws).swapaxes(0, 1)
@@ -256,7 +287,7 @@ class BatchAssembler:
         self, batch_index: int, places: list[_Place], numbers: NDArray[np.float64], out: Sequence[UInt8s]
     ) -> list[Cut]:
         # Headers first: the boxes of all images are then found in one go, and a JPEG is decoded no larger than needed.
-        opened = deque(self._open(place) for place in places)
+        opened = deque(self._open(place, batch_index) for place in places)
         self.announce(-1, -1, -1)
         plan = self._plan(opened, numbers)
         cuts: list[Cut] = []
@@ -268,14 +299,20 @@ class BatchAssembler:
             cuts.append(found)
         return cuts
 
-    def _open(self, place: _Place) -> OpenedImage | BadSample:
+    def _open(self, place: _Place, batch_index: int | None = None) -> OpenedImage | BadSample:
+        """An image, with its header read; with a batch's number the one that was expected for the row."""
         if (place.shard, place.sample) in self.quarantine:
             return self._bad(place, KILLED_WORKER)
         self.announce(place.row, place.shard, -1)
-        shard = self._shards[place.shard]
+        alive = partial(self.announce, place.row, place.shard, -1)
         try:
-            self._limits.refuse_bytes(int(shard.sizes[place.sample]))  # before it is read
-            data = self._reader.read(shard, place.sample, partial(self.announce, place.row, place.shard, -1))
+            data = None
+            if self._ahead is not None and batch_index is not None:
+                data = self._ahead.take((batch_index, place.row), alive)
+            if data is None:
+                shard = self._shards[place.shard]
+                self._limits.refuse_bytes(int(shard.sizes[place.sample]))  # before it is read
+                data = self._reader.read(shard, place.sample, alive)
             self.announce(*place)
             return open_image(data, self._limits)
         except BadImage as error:

@@ -107,7 +107,7 @@ class ShardCache:
         while True:
             if (file := self._whole(name, tar)) is not None:
                 return file
-            if time.monotonic() < self._no_room.get(name, 0.0):
+            if not self.may_have_room(tar):
                 return None
             if (part := self._take(name)) is not None:
                 file = self._fill(name, tar, part, self.reading.patience, alive)
@@ -122,6 +122,10 @@ class ShardCache:
             if time.monotonic() - since > self.reading.patience / 2:
                 return None
             time.sleep(_WAIT_SECONDS)
+
+    def may_have_room(self, tar: Tar) -> bool:
+        """False for a while after there was none."""
+        return time.monotonic() >= self._no_room.get(self.name(tar), 0.0)
 
     def fetch(self, tar: Tar, patience: float) -> bool:
         """Brings a shard in ahead of time; does not wait for another process that does so.

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from seer import remote
-from seer.data.shard_cache import ShardCache, nothing
+from seer.data.shard_cache import ShardCache, Tar, nothing
 from seer.errors import UserError
 from seer.remote import BY_DEFAULT, Reading
 from seer.shard_index import ShardIndex
@@ -55,6 +55,20 @@ class ShardReader:
             self._refuse_another_tar(shard, offset, size)
         return data
 
+    def apart(self, shard: Tar) -> bool:
+        """Whether images of a shard are requests of their own for now: it is remote and has no room in the cache."""
+        if not remote.is_remote(shard.location) or shard.location in self._files:
+            return False
+        return self._reading.cache_bytes == 0 or (self._cache is not None and not self._cache.may_have_room(shard))
+
+    def request(self, shard: ShardIndex, sample: int) -> bytes:
+        """The bytes of the image of one sample of a shard that is `apart`. Threads may call it.
+
+        Raises:
+            UserError: as `read`.
+        """
+        return self._part(shard, int(shard.offsets[sample]), int(shard.sizes[sample]))
+
     def key(self, shard: ShardIndex, sample: int) -> str:
         """What WebDataset calls a sample: the image's name in the tar, up to the first dot behind the last slash.
 
@@ -73,8 +87,7 @@ class ShardReader:
         try:
             file = self._open(shard, alive)
             if file is None:
-                patience = self._reading.patience
-                return remote.read_range(shard.location, offset, size, size=shard.tar_size, patience=patience)
+                return self._part(shard, offset, size)
             data = os.pread(file, size, offset)
         except OSError as error:
             raise _unreadable(shard, error) from None
@@ -98,6 +111,9 @@ class ShardReader:
         if digest != shard.tar_digest:
             raise _changed(shard, "its bytes are others than those that were indexed")
         self._compared.add(shard.location)
+
+    def _part(self, shard: ShardIndex, offset: int, size: int) -> bytes:
+        return remote.read_range(shard.location, offset, size, size=shard.tar_size, patience=self._reading.patience)
 
     def close(self) -> None:
         """Closes the files."""

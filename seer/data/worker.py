@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -11,6 +12,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import astuple
 from functools import partial
@@ -55,23 +57,52 @@ def serve_forked(
 def _serve(its: socket.socket, assembler: BatchAssembler, ring: Ring, number: int) -> None:
     assembler.prepare_worker()
     assembler.announce = partial(ring.announce, number)
-    with its.makefile("rb") as lines:
-        for line in lines:
-            word, *what = json.loads(line)
-            if word == "quarantine":
-                assembler.quarantine.update((shard, sample) for shard, sample in what[0])
-                continue
-            batch_index, start, stop = what
-            slot = ring.slot(batch_index)
-            try:
-                bad = assembler.fill(batch_index, range(start, stop), slot.crops, slot.photometric)
-                answer = _line("bad", [astuple(sample) for sample in bad])
-            except UserError as error:
-                answer = _line("user_error", [error.what, error.rule, error.remedy])
-            except Exception:
-                answer = _line("bug", traceback.format_exc())
-            ring.announce(number, -1, -1, -1)  # what kills it between two tasks is nobody's fault
-            its.sendall(answer)
+    mail = _Mail(its)
+    while (message := mail.next()) is not None:
+        word, *what = message
+        if word == "quarantine":
+            assembler.quarantine.update((shard, sample) for shard, sample in what[0])
+            continue
+        batch_index, start, stop = what
+        slot = ring.slot(batch_index)
+        try:
+            assembler.expect(batch_index, range(start, stop))
+            for later, *task in mail.waiting():
+                if later == "fill":
+                    assembler.expect(task[0], range(*task[1:]))
+            bad = assembler.fill(batch_index, range(start, stop), slot.crops, slot.photometric)
+            answer = _line("bad", [astuple(sample) for sample in bad])
+        except UserError as error:
+            answer = _line("user_error", [error.what, error.rule, error.remedy])
+        except Exception:
+            answer = _line("bug", traceback.format_exc())
+        ring.announce(number, -1, -1, -1)  # what kills it between two tasks is nobody's fault
+        its.sendall(answer)
+
+
+class _Mail:
+    """Messages from the pool: the next one, and what has come behind it."""
+
+    def __init__(self, its: socket.socket) -> None:
+        self._its, self._rest, self._messages = its, b"", deque[list[Any]]()
+
+    def next(self) -> list[Any] | None:
+        """Waits for it; None: the pool is gone."""
+        while not self._messages:
+            if not self._receive(0):
+                return None
+        return self._messages.popleft()
+
+    def waiting(self) -> list[list[Any]]:
+        with contextlib.suppress(BlockingIOError):
+            self._receive(socket.MSG_DONTWAIT)
+        return list(self._messages)
+
+    def _receive(self, flags: int) -> bool:
+        data = self._its.recv(1 << 16, flags)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self._messages.extend(map(json.loads, lines))
+        return bool(data)
 
 
 def leave_signals_to_the_parent(parent: int) -> None:

@@ -31,8 +31,10 @@ def test_requeue_counts_lives(cluster: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["power", "net"])
 def test_a_lost_node_requeues_its_job(cluster: Cluster, tmp_path: Path, how: str) -> None:
-    number = cluster.submit("echo life ${SLURM_RESTART_COUNT:-0}; srun sleep 100", "--nodes=2", folder=tmp_path)
-    until(lambda: lives(tmp_path, number) == ["life 0"], seconds=60, what="the job does not begin")
+    step = "srun sh -c 'echo life ${SLURM_RESTART_COUNT:-0}; sleep 100'"
+    number = cluster.submit(step, "--nodes=2", folder=tmp_path)
+    # On both nodes: an srun that cannot reach one of them ends its job, sooner than the loss of the node is noticed.
+    until(lambda: lives(tmp_path, number) == ["life 0"] * 2, seconds=60, what="the job does not begin")
     cluster.node_down(2, how)
     until(lambda: cluster.job(number)["Restarts"] == "1", seconds=120, what="the loss of n2 is not noticed")
     assert "life 1" not in lives(tmp_path, number)  # it needs two nodes
