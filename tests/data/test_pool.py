@@ -321,7 +321,9 @@ def test_what_dies_of_its_predecessor_is_not_blamed(
     assert stream.quarantine == set() and deaths[-1] > 0
 
 
-def test_a_bug_in_a_worker_is_told_with_its_traceback(shards: ShardList, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_a_worker_is_told_with_its_traceback(
+    shards: ShardList, forks_only: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inject(monkeypatch, {image(7): raised(ZeroDivisionError("of the worker"))})
     stream = open_stream(shards, 2)
     with pytest.raises(RuntimeError, match=r"(?s)data worker failed.*in throw.*ZeroDivisionError: of the worker"):
