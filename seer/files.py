@@ -4,9 +4,31 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 from seer.errors import UserError
+
+LONGEST_LIST = 1 << 26  # bytes of a JSON that lists shards: some 400,000 of them
+
+
+def read_at_most(file: str | Path, most: int) -> bytes:
+    """The bytes of a file that may be somebody else's: one that would fill the memory, or never end, is not begun.
+
+    Raises:
+        OSError: no regular file, one of more than `most` bytes, or what `open` raises.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would keep it waiting
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"over {most:,} bytes")
+        with open(descriptor, "rb", closefd=False) as stream:
+            return stream.read(status.st_size)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from seer.errors import printable
 from seer.files import cannot_write, write_atomically
 
 INK, RED = (33, 37, 41), (205, 52, 52)
 # Photographs, white ones too, stand out from this grey.
 PAPER, FAINT = (232, 233, 235), (98, 104, 111)
+_LONGEST = 1000  # characters of which any can be seen
 
 
 @lru_cache
@@ -28,7 +30,7 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def fitted(draw: ImageDraw.ImageDraw, text: str, size: int, width: float) -> str:
     """The text in one line, or its beginning and an ellipsis, no wider than so many pixels."""
     used, ellipsis = font(size), "\u2026"
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = printable(text[:_LONGEST])
     if isinstance(used, ImageFont.ImageFont):  # that of pillow-simd
         text, ellipsis = text.encode("latin-1", "replace").decode("latin-1"), "..."
     if draw.textlength(text, font=used) <= width:

@@ -139,15 +139,41 @@ def size(url: str, *, patience: float = OPENING_SECONDS) -> int:
     return int(bytes_)
 
 
-def read_bytes(url: str, *, patience: float = OPENING_SECONDS) -> bytes:
-    """A small file as a whole.
+def read_bytes(url: str, *, most: int, patience: float = OPENING_SECONDS) -> bytes:
+    """A small file as a whole; of one that is larger than it may be, no more is held than that.
+
+    Args:
+        most: bytes.
 
     Raises:
         Refused: it is not there or may not be read.
-        UserError: it cannot be reached.
+        UserError: it cannot be reached, or has more bytes.
     """
     client = _client(url)
-    return bytes(_persistently(lambda: client.cat_file(url, timeout=_limit(patience)), url, patience))
+    read = _of_web_server if url.startswith("http") else _of_bucket
+    data = _persistently(lambda: read(client, url, most + 1, _limit(patience)), url, patience)
+    if len(data) > most:
+        raise UserError(f"{url} has over {most:,} bytes", "lists and indexes of shards have fewer", "check the address")
+    return data
+
+
+def _of_web_server(client: Any, url: str, most: int, timeout: float) -> bytes:
+    """The first bytes of a file: whatever it was asked for, a server may send without end."""
+    data = bytearray()
+    # Without a block size it is a stream; a size, which plays no part then, spares the question for it.
+    with client.open(url, block_size=0, size=1, timeout=timeout) as stream:
+        while len(data) < most and (piece := stream.read(most - len(data))):
+            data += piece
+    return bytes(data)
+
+
+def _of_bucket(client: Any, url: str, most: int, timeout: float) -> bytes:
+    try:
+        return bytes(client.cat_file(url, start=0, end=most, timeout=timeout))
+    except Exception as error:
+        if _status(error) == 416:  # there is no first byte
+            return b""
+        raise
 
 
 def read_range(url: str, offset: int, length: int, *, size: int, patience: float) -> bytes:

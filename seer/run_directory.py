@@ -276,7 +276,7 @@ def read_shards(run_dir: str | Path) -> Any:
         if "joined" not in ((frozen_config.read(folder / _CONFIG) or {}).get("data") or {}):
             return None
         raise UserError(f"{file} is gone", rule, remedy) from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{file} cannot be read", rule, remedy) from None
 
 
@@ -287,7 +287,7 @@ def read_result(run_dir: str | Path) -> dict[str, Any] | None:
         result = json.loads(file.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         result = None
     if not isinstance(result, dict):
         raise UserError(f"{file} cannot be read", "it is the JSON object with a run's result", "delete that file")

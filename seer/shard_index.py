@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import tokenize
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seer import remote
 from seer.errors import UserError
-from seer.files import write_atomically
+from seer.files import read_at_most, write_atomically
 
 _FORMAT = 1
-# What numpy and zipfile raise for a damaged file. RuntimeError (NotImplementedError is one) and zlib.error: its flags
-# say that it is encrypted or compressed, or compressed in an unknown way.
+DIGEST = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{32})?")  # the second part: of a choice of samples
+_ROWS = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
+_HEADER = re.compile(rf"{_FORMAT} (\d{{1,18}}) ({DIGEST.pattern})")
+_LARGEST = 1 << 30  # bytes of an index: 67 million images in one tar
+_LONGEST_NPY = 256  # characters with which numpy describes an array: ours take 118
+# What numpy and zipfile raise for a damaged file. RuntimeError (NotImplementedError is one): its flags say that it is
+# encrypted, or compressed in an unknown way.
 _DAMAGE = (
-    *(ValueError, TypeError, AttributeError, LookupError, EOFError, OSError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error),
+    *(ValueError, TypeError, AttributeError, LookupError, EOFError, OSError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, tokenize.TokenError),
 )
 
 
@@ -39,7 +45,7 @@ class ShardIndex:
         location: path of the tar, or its address.
         offsets: (n,) uint64, first byte of each image in the tar.
         sizes: (n,) uint32, bytes of each image.
-        labels: (n,) int32, class numbers, -1 for none.
+        labels: (n,) int32, class numbers from 0, -1 for none.
         tar_size: bytes of the tar when it was indexed.
         digest: blake2b of the tar's bytes, 16 bytes as 32 hexadecimal characters. Where only some of the tar's images
             were to be taken, "-" and the blake2b of `offsets` follow: another choice is other data.
@@ -85,7 +91,7 @@ def save_index(index: ShardIndex, file: Path) -> None:
     buffer = io.BytesIO()
     # Two members instead of six: opening a member costs more than reading its numbers.
     header = np.frombuffer(f"{_FORMAT} {index.tar_size} {index.digest}".encode(), np.uint8)
-    rows = np.empty(len(index), [("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
+    rows = np.empty(len(index), _ROWS)
     rows["offset"], rows["size"], rows["label"] = index.offsets, index.sizes, index.labels
     np.savez(buffer, header=header, rows=rows)
     write_atomically(Path(file), buffer.getvalue())
@@ -116,13 +122,7 @@ def load_index(tar: str | Path, index_dir: Path | None = None, *, patience: floa
         again + (" and give data.index_dir=DIR" if away and index_dir is None else ""),
     )
     try:
-        with _opened(file, patience) as stream, np.load(stream, allow_pickle=False) as arrays:
-            version, indexed_size, digest = arrays["header"].tobytes().decode("ascii").split()
-            rows = arrays["rows"]
-            offsets, sizes, labels = (np.ascontiguousarray(rows[name]) for name in ("offset", "size", "label"))
-        index = ShardIndex(tar, offsets, sizes, labels, int(indexed_size), digest)
-        inside = (offsets <= index.tar_size) & (offsets + sizes <= index.tar_size)
-        fits = int(version) == _FORMAT and rows.ndim == 1 and bool(inside.all())
+        index = _parsed(tar, _read(file, patience))
     except FileNotFoundError:
         raise missing from None
     except remote.Refused as error:
@@ -132,9 +132,7 @@ def load_index(tar: str | Path, index_dir: Path | None = None, *, patience: floa
     except PermissionError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})", "it is the index of a shard", "check it") from None
     except _DAMAGE:
-        fits = False
-    if not fits:
-        raise UserError(f"{file} is damaged", "it is no index that this version can read", again)
+        raise UserError(f"{file} is damaged", "it is no index that this version can read", again) from None
     if tar_size is not None and tar_size != index.tar_size:
         raise UserError(
             f"{tar} has {tar_size} bytes, its index says {index.tar_size}",
@@ -144,7 +142,36 @@ def load_index(tar: str | Path, index_dir: Path | None = None, *, patience: floa
     return index
 
 
-def _opened(file: str, patience: float) -> BinaryIO:
+def _read(file: str, patience: float) -> bytes:
     if remote.is_remote(file):
-        return io.BytesIO(remote.read_bytes(file, patience=patience))
-    return open(file, "rb")
+        return remote.read_bytes(file, most=_LARGEST, patience=patience)
+    return read_at_most(file, _LARGEST)
+
+
+def _parsed(tar: str, data: bytes) -> ShardIndex:
+    """An index out of its bytes, exactly as `save_index` writes them: somebody else's may be made to do harm."""
+    with zipfile.ZipFile(io.BytesIO(data)) as members:
+        header = _HEADER.fullmatch(_array(members, "header", np.dtype("u1")).tobytes().decode("ascii"))
+        rows = _array(members, "rows", _ROWS)
+    if header is None:
+        raise ValueError
+    offsets, sizes, labels = (np.ascontiguousarray(rows[name]) for name in ("offset", "size", "label"))
+    tar_size = int(header[1])
+    if not ((offsets <= tar_size) & (offsets + sizes <= tar_size) & (labels >= -1)).all():
+        raise ValueError
+    return ShardIndex(tar, offsets, sizes, labels, tar_size, header[2])
+
+
+def _array(members: zipfile.ZipFile, name: str, kind: np.dtype[Any]) -> NDArray[Any]:
+    """One array of an npz, of one dimension; np.load would make room for as much as the file claims to hold."""
+    info = members.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:  # compressed it may be a thousand times as large
+        raise ValueError
+    stream = io.BytesIO(members.read(info))
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError
+    shape, _, found = np.lib.format.read_array_header_1_0(stream, max_header_size=_LONGEST_NPY)
+    array = np.frombuffer(stream.getbuffer()[stream.tell() :], kind)
+    if found != kind or shape != array.shape:
+        raise ValueError
+    return array

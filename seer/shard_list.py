@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +26,8 @@ from seer.shard_patterns import expand_shards
 _HELD_SAMPLES = 1 << 22  # of indexes that are held: 64 MB
 # What is wrong with the indexes of so few shards is told when they are listed, and not in the middle of a run.
 _FEW = 256
-_TOO_MANY = 1 << 40  # samples of one tar: a slip of whoever edited the list
 _AT_ONCE = 16  # remote indexes that are asked for together
 _TURNS = 64  # of loading: shards whose numbers differ by a multiple of it are not loaded at the same time
-_DIGEST = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{32})?")  # the second part: of a choice of samples
 
 
 class ListedShard(NamedTuple):
@@ -210,12 +207,5 @@ def _listed(tars: Sequence[str], index_dir: Path | None, patience: float) -> lis
 
 def _list_of(folder: str) -> dict[str, tuple[int, int, str]]:
     """File name -> images, bytes and digest of each shard that FOLDER/manifest.json lists."""
-    listed: dict[str, tuple[int, int, str]] = {}
-    for entry in (shard_manifest.read(folder) or {}).get("shards", []):
-        try:
-            name, samples, size, digest = (entry[word] for word in ("name", "samples", "bytes", "digest"))
-            if type(samples) is int and 0 <= samples < _TOO_MANY and type(size) is int and _DIGEST.fullmatch(digest):
-                listed[name] = (samples, size, digest)
-        except (KeyError, TypeError):
-            continue  # somebody has edited it: the index tells
-    return listed
+    entries: list[shard_manifest.Entry] = (shard_manifest.read(folder) or {}).get("shards", [])
+    return {entry["name"]: (entry["samples"], entry["bytes"], entry["digest"]) for entry in entries}

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 from seer import remote
 from seer.errors import UserError
-from seer.files import write_atomically
-from seer.shard_index import ShardIndex
+from seer.files import LONGEST_LIST, read_at_most, write_atomically
+from seer.shard_index import DIGEST, ShardIndex
 
 NAME = "manifest.json"
 FORMAT = "seer-shards-1"
+_TOO_MANY = 1 << 40  # samples of one tar: a slip of whoever edited the list
+
+
+# Of a tar in the folder itself. No name on disk has a surrogate other than those that stand for single bytes.
+_FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\0\ud800-\udc7f\udd00-\udfff]{1,255}", re.DOTALL)
 
 
 class Entry(TypedDict):
@@ -52,9 +58,9 @@ def read(folder: str | Path) -> dict[str, Any] | None:
     folder = os.fspath(folder)
     try:
         if remote.is_remote(folder):
-            content = json.loads(remote.read_bytes(remote.beside(folder, NAME)))
+            content = json.loads(remote.read_bytes(remote.beside(folder, NAME), most=LONGEST_LIST))
         else:
-            content = json.loads(Path(folder, NAME).read_bytes())
+            content = json.loads(read_at_most(os.path.join(folder, NAME), LONGEST_LIST))
     except remote.Refused as error:
         # Buckets say so of what is missing to those who may not list; the indexes will tell if all is refused.
         if error.status in (401, 403, 404):
@@ -62,16 +68,34 @@ def read(folder: str | Path) -> dict[str, Any] | None:
         raise
     except UserError:
         raise
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return content if isinstance(content, dict) and content.get("format") == FORMAT and _names_shards(content) else None
+    return content if isinstance(content, dict) and content.get("format") == FORMAT and _is_sound(content) else None
 
 
-def _names_shards(content: dict[str, Any]) -> bool:
-    shards = content.get("shards")
-    return isinstance(shards, list) and all(
-        isinstance(shard, dict) and isinstance(shard.get("name"), str) for shard in shards
+def _is_sound(content: dict[str, Any]) -> bool:
+    shards, classes = content.get("shards"), content.get("classes", [])
+    return (
+        isinstance(shards, list)
+        and all(map(_is_entry, shards))
+        and isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
     )
+
+
+def _is_entry(shard: Any) -> bool:
+    try:
+        name, samples, size, digest = (shard[word] for word in ("name", "samples", "bytes", "digest"))
+        return (
+            type(samples) is int
+            and 0 <= samples < _TOO_MANY
+            and type(size) is int
+            and 0 <= size < 2**63
+            and DIGEST.fullmatch(digest) is not None
+            and _FILE_NAME.fullmatch(name) is not None
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def class_names(folder: str | Path) -> list[str]:
@@ -85,7 +109,8 @@ def class_names(folder: str | Path) -> list[str]:
     if not names:
         remedy = "name a folder that was written by: seer shards pack --labels folders"
         raise UserError(f"{os.fspath(folder)} tells no class names", f"they stand in its {NAME}", remedy)
-    return [str(name) for name in names]
+    found: list[str] = names
+    return found
 
 
 def class_name(classes: Sequence[str], label: int) -> str:

@@ -12,13 +12,14 @@ from seer.errors import UserError
 from seer.wids_json import is_list, read_list
 
 _MAX_NAMES = 1_000_000  # a typing error such as {0..999999999} must not eat the memory
+_MAX_BRACES = 100
 
 
 def _braces(pattern: str) -> Iterator[str]:
     """All names that {000..127} and {a,b} stand for; other braces stay as they are."""
     for group in re.finditer(r"\{([^{}]*)\}", pattern):
         body = group.group(1)
-        span = re.fullmatch(r"(\d+)\.\.(\d+)", body)
+        span = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", body)
         if span:
             first, last = int(span.group(1)), int(span.group(2))
             # As in bash: leading zeros anywhere set the width of all.
@@ -37,10 +38,12 @@ def _braces(pattern: str) -> Iterator[str]:
 
 def _names(pattern: str) -> Iterator[str]:
     """`_braces`, refused beyond `_MAX_NAMES`."""
+    too_many = UserError(f"{pattern} names over {_MAX_NAMES} shards", "braces stand for a list", "use '*' instead")
+    if pattern.count("{") > _MAX_BRACES:
+        raise too_many
     for number, name in enumerate(_braces(pattern)):
         if number >= _MAX_NAMES:
-            what = f"{pattern} names over {_MAX_NAMES} shards"
-            raise UserError(what, "braces stand for a list", "use '*' instead")
+            raise too_many
         yield name
 
 

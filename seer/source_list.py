@@ -54,7 +54,9 @@ def quotas(weights: Sequence[float], places: int) -> list[int]:
 
     Of equal remainders the first ones are rounded up.
     """
-    exact = [weight / sum(weights) * places for weight in weights]
+    largest = max(weights)  # the sum of weights near 1e308 is beyond floats
+    parts = [weight / largest for weight in weights]
+    exact = [part / sum(parts) * places for part in parts]
     # Rounded, since a share such as 0.3 of 10 may come out just below its whole number.
     found = [math.floor(round(share, 9)) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda number: round(found[number] - exact[number], 9))

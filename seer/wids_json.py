@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seer.errors import UserError
+from seer.files import LONGEST_LIST, read_at_most
 
 _SHOWN = 200  # characters of a foreign text in a message
 # wids takes a url apart: what stands behind ; ? # is lost, a colon ends a scheme, and blanks at the ends are cut.
@@ -52,7 +53,7 @@ def read_list(pattern: str) -> list[Listed]:
     file = os.path.abspath(os.path.expanduser(pattern))
     remedy = "make it anew: seer shards export 'TARS/*.tar' --wids FILE.json"
     try:
-        content = json.loads(Path(file).read_bytes())
+        content = json.loads(read_at_most(file, LONGEST_LIST))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})", "it lists shards", "check the path") from None
     except (ValueError, RecursionError):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -92,15 +95,15 @@ def test_a_server_that_knows_no_ranges_is_read_as_a_whole(server: WebServer) -> 
 
 
 def test_small_files(server: WebServer) -> None:
-    assert remote.read_bytes(f"{server.url}/a.tar") == DATA
+    assert remote.read_bytes(f"{server.url}/a.tar", most=10**9) == DATA
     assert remote.size(f"{server.url}/a.tar") == len(DATA)
-    assert remote.read_bytes(f"{server.url}/a.tar") == DATA
+    assert remote.read_bytes(f"{server.url}/a.tar", most=10**9) == DATA
     with pytest.raises(remote.Refused, match="does not exist") as told:
-        remote.read_bytes(f"{server.url}/manifest.json")
+        remote.read_bytes(f"{server.url}/manifest.json", most=10**9)
     assert told.value.status == 404
     server.fault = lambda path, number: "503"
     with pytest.raises(UserError, match="503") as told:  # a file is not missing because a server is down
-        remote.read_bytes(f"{server.url}/manifest.json", patience=0.3)
+        remote.read_bytes(f"{server.url}/manifest.json", most=10**9, patience=0.3)
     assert not isinstance(told.value, remote.Refused)
 
 
@@ -116,15 +119,15 @@ def test_s3() -> None:
         assert remote.found("s3://shards/none/*.tar") == []
         url = "s3://shards/web/b-0.tar"
         assert remote.size(url) == len(DATA)
-        assert whole(url) == remote.read_bytes(url) == DATA
+        assert whole(url) == remote.read_bytes(url, most=10**9) == DATA
         assert remote.read_range(url, 5, 10, size=len(DATA), patience=5.0) == DATA[5:15]
         for size in (len(DATA) - 1, len(DATA) + 1):
             with pytest.raises(UserError, match="index is stale"):
                 whole(url, size=size)
         with pytest.raises(UserError, match=r"s3://shards/web/no\.tar does not exist"):
-            remote.read_bytes("s3://shards/web/no.tar")
+            remote.read_bytes("s3://shards/web/no.tar", most=10**9)
     with pytest.raises(UserError, match=r"s3://shards/web/b-0.tar cannot be read \(it cannot be reached"):
-        remote.read_bytes(url, patience=0.5)
+        remote.read_bytes(url, most=10**9, patience=0.5)
 
 
 def test_a_web_server_lists_nothing() -> None:
@@ -174,14 +177,14 @@ def test_no_message_shows_a_secret(server: WebServer) -> None:
         assert SECRET not in str(told.value) + repr(told.value)
         assert told.value.__suppress_context__ or told.value.__context__ is None
     server.fault = lambda path, number: None
-    assert remote.read_bytes(url) == DATA
+    assert remote.read_bytes(url, most=10**9) == DATA
     assert server.headers["Authorization"].startswith("Basic ")
 
 
 def test_netrc(server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login user password {SECRET}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert remote.read_bytes(f"{server.url}/a.tar") == DATA
+    assert remote.read_bytes(f"{server.url}/a.tar", most=10**9) == DATA
     assert server.headers["Authorization"] == "Basic " + b64encode(f"user:{SECRET}".encode()).decode()
 
 
@@ -196,7 +199,7 @@ def test_missing_packages_are_named() -> None:
     code = (
         "import sys; sys.modules['fsspec'] = None\n"
         "from seer import remote\n"
-        "try: remote.read_bytes('s3://b/x')\n"
+        "try: remote.read_bytes('s3://b/x', most=9)\n"
         "except Exception as error: print(type(error).__name__, error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.getcwd(), check=True)
@@ -207,3 +210,26 @@ def test_missing_packages_are_named() -> None:
 def test_clients_are_imported_when_they_are_needed() -> None:
     code = "import sys; from seer import remote; assert not {'fsspec', 'aiohttp', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=os.getcwd())
+
+
+def test_a_list_without_end_is_given_up(tmp_path: Path) -> None:
+    sent = 0
+
+    class Endless(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            nonlocal sent
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while sent < 2**30:
+                    sent += self.wfile.write(bytes(2**16))
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as endless:
+        threading.Thread(target=endless.serve_forever, args=(0.02,), daemon=True).start()
+        with pytest.raises(UserError, match=r"manifest.json has over 1,000,000 bytes"):
+            remote.read_bytes(f"http://127.0.0.1:{endless.server_port}/manifest.json", most=10**6)
+        endless.shutdown()
+    assert sent < 2**26

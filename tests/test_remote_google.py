@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from seer.errors import UserError
 
 DATA = bytes(range(256)) * 400  # 102,400 bytes
 URL = "gs://shards/web/b-0.tar"
+read_bytes = partial(remote.read_bytes, most=10**9)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_what_is_there_and_its_bytes(server: GoogleServer) -> None:
     assert remote.found("gs://shards/none/*.tar") == []
     for url in (URL, listed[0]):
         assert remote.size(url) == len(DATA)
-        assert whole(url) == remote.read_bytes(url) == DATA
+        assert whole(url) == read_bytes(url) == DATA
         assert remote.read_range(url, 5, 10, size=len(DATA), patience=5.0) == DATA[5:15]
         assert remote.read_range(url, len(DATA) - 7, 7, size=len(DATA), patience=5.0) == DATA[-7:]
 
@@ -70,7 +72,7 @@ def test_another_size_is_told_at_once(server: GoogleServer, size: int) -> None:
 
 def test_what_is_not_there_is_told_at_once(server: GoogleServer) -> None:
     for url in ("gs://shards/web/no.tar", "gs://nobody/web/b-0.tar"):
-        for ask in (remote.read_bytes, remote.size, whole):
+        for ask in (read_bytes, remote.size, whole):
             with pytest.raises(remote.Refused, match=f"{url} does not exist") as told:
                 ask(url)
             assert told.value.status == 404
@@ -98,7 +100,7 @@ def test_failures_that_pass_are_tried_again_here_and_by_nobody_else(server: Goog
 )
 def test_refusals_are_told_at_once(server: GoogleServer, fault: str, words: str) -> None:
     server.fault = lambda path, number: fault
-    for ask in (remote.read_bytes, remote.size, whole):
+    for ask in (read_bytes, remote.size, whole):
         server.requests.clear()
         with pytest.raises(remote.Refused, match=f"b-0.tar.* {words}") as told:
             ask(URL)
@@ -115,7 +117,7 @@ def test_patience_ends_with_the_address(server: GoogleServer) -> None:
         ("cut", "the connection was cut"),
     ):
         server.fault = lambda path, number, fault=fault: fault
-        for ask in (remote.read_bytes, remote.size):
+        for ask in (read_bytes, remote.size):
             server.requests.clear()
             began = time.monotonic()
             with pytest.raises(UserError, match=rf"b-0\.tar cannot be read \({words}.*for 0\.\d+ s; .* again"):
@@ -144,12 +146,12 @@ def test_a_server_that_knows_no_ranges_is_read_as_a_whole(server: GoogleServer) 
 def test_a_server_that_dies_and_comes_back(server: GoogleServer, monkeypatch: pytest.MonkeyPatch) -> None:
     mortal = GoogleServer(server.emulator)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", mortal.url)
-    assert remote.read_bytes(URL) == DATA
+    assert read_bytes(URL) == DATA
     mortal.close()
     with pytest.raises(UserError, match=r"b-0.tar cannot be read \(it cannot be reached\)"):
-        remote.read_bytes(URL, patience=0.5)
+        read_bytes(URL, patience=0.5)
     mortal = GoogleServer(server.emulator, mortal.port)
-    assert remote.read_bytes(URL) == DATA
+    assert read_bytes(URL) == DATA
     mortal.close()
 
 
@@ -168,11 +170,11 @@ def without_token(server: GoogleServer, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.usefixtures("without_token")
 def test_a_request_without_credentials_that_is_refused(server: GoogleServer, caplog: pytest.LogCaptureFixture) -> None:
-    assert remote.read_bytes(URL) == DATA
+    assert read_bytes(URL) == DATA
     assert "Authorization" not in server.headers
     server.fault = lambda path, number: "401"
     words = "is refused: the server answers 401 to a request without credentials.*gcloud auth application-default login"
-    for ask in (remote.read_bytes, remote.size, remote.found):
+    for ask in (read_bytes, remote.size, remote.found):
         with pytest.raises(remote.Refused, match=words):
             ask(URL + "*" * (ask is remote.found))
     assert not [one for one in caplog.records if one.name.startswith(("google", "gcsfs"))]
@@ -194,12 +196,12 @@ def service_account(folder: Path, server: GoogleServer) -> Path:
 @pytest.mark.usefixtures("without_token")
 def test_a_service_account(server: GoogleServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(service_account(tmp_path, server)))
-    assert remote.read_bytes(URL) == DATA
+    assert read_bytes(URL) == DATA
     assert server.headers["Authorization"] == f"Bearer {server.TOKEN}"
     assert server.requests.count("/token") == 1
     server.fault = lambda path, number: "403"
     with pytest.raises(remote.Refused, match=r"answers 403; buckets do so.*GOOGLE_APPLICATION_CREDENTIALS") as told:
-        remote.read_bytes(URL)
+        read_bytes(URL)
     assert server.TOKEN not in repr(told.value)
 
 
@@ -215,20 +217,20 @@ def test_no_token_is_had(
     monkeypatch.setattr("google.oauth2._client._exponential_backoff.ExponentialBackoff", lambda: range(1))
     server.fault = lambda path, number: fault if path == "/token" else None
     with pytest.raises(UserError, match=words):
-        remote.read_bytes(URL, patience=0.3)
+        read_bytes(URL, patience=0.3)
     assert (server.requests.count("/token") > 1) == (fault == "503")
     server.fault = lambda path, number: None
-    assert remote.read_bytes(URL) == DATA
+    assert read_bytes(URL) == DATA
 
 
 @pytest.mark.usefixtures("without_token")
 def test_a_token_that_has_run_out(server: GoogleServer) -> None:
     from google.oauth2.credentials import Credentials
 
-    assert remote.read_bytes(URL) == DATA
+    assert read_bytes(URL) == DATA
     remote._client(URL).credentials.credentials = Credentials(server.TOKEN, expiry=datetime(2020, 1, 1))
     with pytest.raises(remote.Refused, match=r"b-0\.tar is refused.* 401.*credentials in the environment"):
-        remote.read_bytes(URL)
+        read_bytes(URL)
 
 
 @pytest.mark.usefixtures("without_token")
@@ -240,13 +242,13 @@ def test_a_key_file_that_is_not_there(server: GoogleServer, tmp_path: Path, monk
         with pytest.raises(
             remote.Refused, match=r"b-0\.tar needs credentials: the file that GOOGLE_APPL.*FSSPEC_GS_TOKEN"
         ):
-            remote.read_bytes(URL)
+            read_bytes(URL)
     assert server.requests == []
 
 
 def test_a_public_bucket_in_a_process_of_its_own(server: GoogleServer, tmp_path: Path) -> None:
     """FSSPEC_GS_TOKEN=anon asks nobody for credentials and beats a key file."""
-    code = f"from seer import remote; print(len(remote.read_bytes({URL!r})), remote._is_anonymous({URL!r}))"
+    code = f"from seer import remote; print(len(remote.read_bytes({URL!r}, most=10**9)), remote._is_anonymous({URL!r}))"
     environment = {"STORAGE_EMULATOR_HOST": server.url, "FSSPEC_GS_TOKEN": "anon"}
     environment |= {"GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "no.json"), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)

@@ -1,5 +1,8 @@
+import io
 import os
 import re
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +110,76 @@ def test_no_pickle_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged"):
         load_index(tar)
     assert not canary.exists()
+
+
+_HEADER = np.frombuffer(f"1 1000 {'ab' * 16}".encode(), np.uint8)
+_KINDS = [("offset", "<u8"), ("size", "<u4"), ("label", "<i4")]
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def _claimed(descr: str, shape: str) -> bytes:
+    """The beginning of an array of which nothing follows."""
+    words = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}"
+    words += " " * (-(len(words) + 11) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(words).to_bytes(2, "little") + words.encode()
+
+
+def _rows(kinds: list[tuple[str, str]], *row: float) -> bytes:
+    return _npy(np.array([row], kinds))
+
+
+def _text(header: str) -> bytes:
+    return _npy(np.frombuffer(header.encode(), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("header", "rows"),
+    [
+        (None, _claimed(str(_KINDS), "(1000000000000,)")),
+        (None, _claimed(str(_KINDS), "(300000000,)")),
+        (None, _claimed("[" * 9000, "(1,)")),
+        (None, _claimed(str(_KINDS), "(0,)") + bytes(2**26)),
+        (None, _rows([("offset", "<f8"), ("size", "<f8"), ("label", "<f8")], 0.5, 1, 0)),
+        (None, _rows([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")], -5, 1, 0)),
+        (None, _rows([("offset", "<u8"), ("size", "<u8"), ("label", "<i4")], 900, 2**64 - 800, 0)),
+        (None, _rows([("offset", "<u8"), ("size", "<u4"), ("label", "<i8")], 0, 1, 2**40)),
+        (None, _rows(_KINDS, 0, 1, -7)),
+        (_text("1 1000 \x1b[2J\x1b]0;name\x07"), None),
+        (_text(f"1 -1000 {'ab' * 16}"), _npy(np.zeros(0, _KINDS))),
+        (_text(f"1 {2**70} {'ab' * 16}"), None),
+    ],
+)
+def test_an_index_made_to_do_harm_is_damaged(tmp_path: Path, header: bytes | None, rows: bytes | None) -> None:
+    shard(tmp_path / "a.tar")
+    with zipfile.ZipFile(index_path(tmp_path / "a.tar"), "w") as members:
+        method = zipfile.ZIP_DEFLATED if rows and len(rows) > 2**20 else zipfile.ZIP_STORED
+        members.writestr("header.npy", header or _npy(_HEADER))
+        members.writestr("rows.npy", rows or _rows(_KINDS, 0, 1, 0), method)
+    tracemalloc.start()
+    try:
+        # A tar of another size is told afterwards: what the index says of itself comes first.
+        with pytest.raises(UserError, match="is damaged: it is no index"):
+            load_index(tmp_path / "a.tar")
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_index_that_never_ends_is_not_begun(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar")
+    file = index_path(tmp_path / "a.tar")
+
+    def sparse(path: Path) -> None:
+        with open(path, "wb") as stream:
+            stream.truncate(2**40)
+
+    for make in (sparse, os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        file.unlink()
+        make(file)
+        with pytest.raises(UserError, match="is damaged"):
+            load_index(tmp_path / "a.tar")

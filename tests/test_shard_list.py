@@ -1,6 +1,7 @@
 """The list of shards: what it knows without opening an index, and what it does when that is wrong."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -139,6 +140,48 @@ def test_a_manifest_whose_shards_have_no_names_is_nobodys(tmp_path: Path, shards
     assert shard_manifest.read(tmp_path) is None
     shard(tmp_path / "a.tar", 4)
     assert ShardList.open(f"{tmp_path}/*.tar").samples == 4
+
+
+_ENTRY = {"name": "a.tar", "samples": 4, "bytes": 1000, "digest": "ab" * 16}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 200_000,
+        '{"a":' * 200_000,
+        *(
+            json.dumps({"shards": [_ENTRY | {"name": name}]})
+            for name in ("../a.tar", "/a.tar", "..", "a\0", "\ud800", "")
+        ),
+        *(json.dumps({"shards": [_ENTRY], "classes": classes}) for classes in (5, "ab", {"a": 1}, [["a"]], [None])),
+        json.dumps({"shards": [_ENTRY | {"bytes": 2**63}]}),
+        json.dumps({"shards": [_ENTRY | {"samples": math.nan}]}),
+        '{"shards": [' + '{"samples": 1e400}]}',
+    ],
+)
+def test_a_list_made_to_do_harm_is_passed_over(tmp_path: Path, content: str) -> None:
+    file = tmp_path / shard_manifest.NAME
+    for sound in (
+        {"shards": [_ENTRY], "classes": ["\x1b[2J", "\udcff"]},
+        {"shards": [_ENTRY | {"name": "\udcff.tar"}]},
+    ):
+        file.write_text(json.dumps(sound | {"format": shard_manifest.FORMAT}))
+        assert shard_manifest.read(tmp_path) is not None
+    file.write_text(content.replace("{", f'{{"format": "{shard_manifest.FORMAT}", ', 1))
+    assert shard_manifest.read(tmp_path) is None
+    shard(tmp_path / "a.tar", 4)
+    assert ShardList.open(f"{tmp_path}/*.tar").samples == 4
+
+
+def test_a_list_that_never_ends_is_not_begun(tmp_path: Path) -> None:
+    file = tmp_path / shard_manifest.NAME
+    os.mkfifo(file)
+    assert shard_manifest.read(tmp_path) is None
+    file.unlink()
+    with open(file, "wb") as stream:
+        stream.truncate(2**40)
+    assert shard_manifest.read(tmp_path) is None
 
 
 _MEASURED = r"""

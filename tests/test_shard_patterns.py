@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from seer import shard_patterns
 from seer.errors import UserError
 from seer.shard_patterns import expand_shards
 
@@ -102,3 +103,15 @@ def test_what_no_client_reads_is_refused_without_telling_secrets(pattern: str) -
     ) as caught:
         expand_shards([pattern])
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["{0..9999999999}", "{a,b}" * 40, "{a,b}" * 2000, "{{a,b}," * 2000])
+def test_braces_that_explode(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_patterns, "_MAX_NAMES", 1000)
+    with pytest.raises(UserError, match="names over 1000 shards"):
+        expand_shards([f"https://127.0.0.1/{pattern}.tar"])
+
+
+def test_a_number_that_is_too_long_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no shard matches"):
+        expand_shards([f"{tmp_path}/{{0..{'9' * 5000}}}.tar"])

@@ -6,7 +6,7 @@ import pytest
 
 from seer.compose import compose
 from seer.errors import UserError
-from seer.source_list import Source, read_sources
+from seer.source_list import Source, quotas, read_sources
 
 
 def test_sources_on_the_command_line() -> None:
@@ -30,3 +30,9 @@ def test_what_is_no_source(text: str) -> None:
 def test_a_name_that_comes_twice() -> None:
     with pytest.raises(UserError, match="names web twice"):
         read_sources(["web 1 a.tar", "web 2 b.tar"])
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e308, 5e-324, 1.7976931348623157e308])
+def test_weights_of_any_size_fill_a_batch(weight: float) -> None:
+    assert quotas([weight] * 3, 64) == [22, 21, 21]
+    assert quotas([weight, 1e-320], 64) in ([64, 0], [0, 64])

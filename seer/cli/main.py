@@ -8,8 +8,10 @@ output; 1, with a traceback, a bug.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import io
 import os
 import select
 import sys
@@ -18,7 +20,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from seer import __version__
-from seer.errors import ToldElsewhere, UserError, closest
+from seer.errors import ToldElsewhere, UserError, closest, printable
 
 
 class Verb(NamedTuple):
@@ -40,7 +42,10 @@ VERBS = {
 }
 
 # What the machine refuses and a user can mend, wherever it surfaces.
-_ENVIRONMENT = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_ENVIRONMENT = (
+    *(errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+)
 
 _TELLING_SECONDS = 5.0
 
@@ -59,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `seer`; default: those of the process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _mend_streams()
     try:
         try:
             code = _dispatch(words)
@@ -71,21 +77,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Launchers end all processes with the first that leaves: it has to be the one that tells.
             time.sleep(_TELLING_SECONDS)
         else:
-            print(f"seer: {error}", file=sys.stderr, flush=True)
+            _tell(str(error))
         return 2
     except KeyboardInterrupt:
-        print("seer: interrupted", file=sys.stderr)
+        _tell("interrupted")
         return 130
     except BrokenPipeError:
         if not _output_is_gone():
             raise
         return 141
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            _tell(f"{error.strerror}: raise the limit (ulimit -n 4096), or give fewer --workers")
+            return 2
         if error.errno not in _ENVIRONMENT:
             raise
-        what = f"{str(error.filename)[:80]}: " if error.filename else ""
-        print(f"seer: {what}{error.strerror}: give a place that can be written, and a shorter name", file=sys.stderr)
+        what = printable(f"{str(error.filename)[:80]}: ") if error.filename else ""
+        _tell(f"{what}{error.strerror}: give a place that can be written, and a shorter name")
         return 2
+
+
+def _tell(sentence: str) -> None:
+    with contextlib.suppress(OSError):  # where nobody hears it, the exit code still tells
+        print(f"seer: {sentence}", file=sys.stderr, flush=True)
+
+
+def _mend_streams() -> None:
+    """Takes care that words go out, or nowhere: of a name that the terminal cannot write as an escape."""
+    # Where a stream was closed (`2>&-`), the next file that is opened would get its number, and then its words.
+    while (file := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(file, True)
+    os.close(file)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(words: list[str]) -> int:

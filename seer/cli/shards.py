@@ -14,7 +14,7 @@ from pathlib import Path
 
 from seer.cli.amounts import many, said
 from seer.cli.arguments import Arguments, path, png, positive
-from seer.errors import UserError, closest, shown
+from seer.errors import UserError, closest, printable, shown
 from seer.shards.processes import Progress, cores
 
 HELP = """\
@@ -172,7 +172,8 @@ def _pack(argv: Sequence[str]) -> int:
             progress=progress,
         )
     if packed.left_out:
-        print("left out: " + ", ".join(f"{reason} ({count})" for reason, count in packed.left_out.items()))
+        told = ", ".join(f"{reason} ({count})" for reason, count in packed.left_out.items())
+        print(printable(f"left out: {told}"))
     if packed.dropped:
         told = ", ".join(f"{reason} ({count})" for reason, count in packed.dropped.items())
         print(f"dropped: {told}; each with its reason in {packed.out / REPORT}")
@@ -183,7 +184,7 @@ def _pack(argv: Sequence[str]) -> int:
     labels = labelled + (many(len(packed.classes), "class") if packed.classes else numbers)
     what = f"{many(packed.samples, 'image')} in {many(packed.shards, 'shard')}, {said(packed.bytes)}, {labels}"
     took = "already there, nothing to do" if packed.already_there else f"{time.monotonic() - start:.1f} s"
-    print(f"{packed.out}: {what} ({took})")
+    print(printable(f"{packed.out}: {what} ({took})"))
     _say_next(f"{packed.out}/*.tar")
     return 0
 
@@ -272,7 +273,7 @@ def _export(argv: Sequence[str]) -> int:
         with _progress("reading") as progress:
             listed = wids.export(tars, chosen.wids, progress=progress, **asked)
         samples = sum(shard.samples for shard in listed)
-        print(f"{chosen.wids}: {many(samples, 'sample')} in {many(len(tars), 'shard')}")
+        print(printable(str(chosen.wids)) + f": {many(samples, 'sample')} in {many(len(tars), 'shard')}")
         folder = str(chosen.wids.absolute().parent)
         elsewhere = sum(not below(shard.tar, folder) for shard in listed)
         if elsewhere:
@@ -301,7 +302,7 @@ def _verify(argv: Sequence[str]) -> int:
     with _progress("verifying") as progress:
         findings, tars = verify(chosen.patterns, chosen.index_dir, workers=chosen.workers, progress=progress)
     for finding in findings:
-        print(finding.problem, file=sys.stderr)
+        print(printable(finding.problem), file=sys.stderr)
     took = f"{time.monotonic() - start:.1f} s"
     if findings:
         print(f"{len(findings)} findings in {many(tars, 'shard')} ({took})", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from seer.cli.amounts import many, said, share
+from seer.errors import printable
 from seer.shard_manifest import class_name
 from seer.shards.stats import QUANTILES, Stats
 
@@ -39,11 +40,11 @@ def _histogram(found: Stats) -> Iterator[str]:
     if not len(found.labels):
         yield "labels: none"
         return
-    ranked = sorted(enumerate(found.labels.tolist()), key=lambda item: (-item[1], item[0]))
+    ranked = sorted(found.labels.items(), key=lambda item: (-item[1], item[0]))
     some = f", {found.unlabelled:,} images without label" if found.unlabelled else ""
     yield f"labels: {many(len(ranked), 'class')}{some}"
     shown = ranked if len(ranked) <= _CLASSES else [*ranked[: _CLASSES // 2], None, *ranked[-_CLASSES // 2 :]]
-    names = {label: class_name(found.classes, label) for label, _ in filter(None, shown)}
+    names = {label: printable(class_name(found.classes, label)) for label, _ in filter(None, shown)}
     width = min(30, max(map(len, names.values())))
     for entry in shown:
         if entry is None:

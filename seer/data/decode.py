@@ -29,6 +29,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _MAX_SCANS = 100
 # Pillow makes 250 bytes of each entry in a TIFF's list of strips or tiles, at opening: a file of 64 MB would cost 4 GB.
 _MAX_STRIPS = 100_000
+# Pillow goes through what stands before the pixels of a JPEG step by step: 60 MB of empty segments take it a minute and
+# 2 GB. Cameras write some 20, a colour profile has 255 at most.
+_MAX_SEGMENTS = 500
 _BAND_PIXELS = 1 << 20
 
 # EXIF tag 274 -> what undoes it.
@@ -97,7 +100,8 @@ class BadImage(Exception):
 
     Args:
         reason: one word: not_an_image, truncated, too_many_bytes, too_many_pixels, side_too_long, side_too_short,
-            aspect_ratio, too_many_scans, too_many_strips, unsupported_mode, out_of_memory, undecodable.
+            aspect_ratio, too_many_scans, too_many_segments, too_many_strips, unsupported_mode, out_of_memory,
+            undecodable.
     """
 
     def __init__(self, reason: str) -> None:
@@ -175,6 +179,8 @@ def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> OpenedImage
     try:
         if data[:4] in _TIFF_DIRECTORIES:
             _refuse_strips(data)
+        if data[:2] == b"\xff\xd8":
+            _refuse_segments(data)
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         limits.refuse_size(*image.size)
         if "progressive" in image.info and data.count(b"\xff\xda") > _MAX_SCANS:
@@ -209,6 +215,9 @@ _TIFF_DIRECTORIES = {
 }
 
 
+_WITH_LENGTH = frozenset(bytes([marker]) for marker in (*range(0xC0, 0xD0), *range(0xDB, 0xF0), 0xFE))
+
+
 def _refuse_strips(data: bytes) -> None:
     place, at, number, entry = _TIFF_DIRECTORIES[data[:4]]
     (directory,) = struct.unpack_from(place, data, at)
@@ -218,6 +227,22 @@ def _refuse_strips(data: bytes) -> None:
         tag, _, count = struct.unpack_from(entry, data, first + row * struct.calcsize(entry))
         if tag in _STRIPS_AND_TILES and count > _MAX_STRIPS:
             raise BadImage("too_many_strips")
+
+
+def _refuse_segments(data: bytes) -> None:
+    """As Pillow walks: a marker is ff and a byte; some have a length and as many bytes behind them."""
+    at = 2
+    for _ in range(_MAX_SEGMENTS):
+        marker = data[at + 1 : at + 2]
+        if data[at : at + 1] != b"\xff" or marker in (b"", b"\xda"):
+            return
+        if marker == b"\xff":
+            at += 1  # a filler
+        elif marker in _WITH_LENGTH:
+            at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+        else:
+            at += 2
+    raise BadImage("too_many_segments")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from seer import remote
-from seer.errors import UserError, shown
+from seer.errors import UserError, printable, shown
+from seer.files import LONGEST_LIST, read_at_most
 from seer.remote import Reading
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -58,7 +59,7 @@ class _Held(NamedTuple):
 
 def say(sentence: str) -> None:
     """Tells the user what is done in another way than asked."""
-    print(f"seer: {sentence}", file=sys.stderr, flush=True)
+    print(f"seer: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def nothing() -> None:
@@ -182,7 +183,8 @@ class ShardCache:
     def name(self, tar: Tar) -> str:
         """The file name of a shard, without its ending: the same for another signature of the same address."""
         address = shown(tar.location).partition("?(redacted)")[0]
-        return hashlib.blake2b(f"{address}\0{tar.tar_size}\0{_digest(tar)}".encode(), digest_size=16).hexdigest()
+        told = f"{address}\0{tar.tar_size}\0{_digest(tar)}".encode("utf-8", "surrogateescape")
+        return hashlib.blake2b(told, digest_size=16).hexdigest()
 
     def _whole(self, name: str, tar: Tar) -> int | None:
         try:
@@ -327,10 +329,8 @@ class ShardCache:
         needs: tuple[dict[str, int], dict[str, int]] = {}, {}
         for entry in os.scandir(self._folder):
             if entry.name.startswith("needs-") and not _removed_if_free(entry.path):
-                # Nothing or half of it, where the disk was full when it was written.
-                with contextlib.suppress(FileNotFoundError, ValueError):
-                    for both, one in zip(needs, json.loads(Path(entry.path).read_bytes()), strict=True):
-                        both.update(one)
+                for both, one in zip(needs, _told_needs(entry.path), strict=True):
+                    both.update(one)
         return needs
 
     @contextlib.contextmanager
@@ -377,6 +377,17 @@ def _allocate(file: int, size: int) -> None:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
     os.ftruncate(file, size)
+
+
+def _told_needs(path: str) -> tuple[dict[str, int], dict[str, int]]:
+    """What a file of needs says; nothing where it was cut (the disk was full) or is no such file."""
+    try:
+        now, later = json.loads(read_at_most(path, LONGEST_LIST))
+        if all(type(size) is int and size >= 0 for size in (*now.values(), *later.values())):
+            return now, later
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    return {}, {}
 
 
 def _removed_if_free(path: str) -> bool:

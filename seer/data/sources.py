@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import resource
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from seer.remote import BY_DEFAULT, Reading
 from seer.shard_index import ShardIndex
 
 # Far below the usual limit of 1,024 open files a process; opening again costs microseconds on a local disk.
-_OPEN_FILES = 128
+_OPEN_FILES, _OPEN_SHARE = 128, 4
 _BLOCK = 512  # of a tar: a header takes one
 _SIZE_FIELD = slice(124, 136)  # of a header, in octal digits
 _PAX_PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]*)\n")
@@ -35,6 +36,8 @@ class ShardReader:
 
     def __init__(self, reading: Reading = BY_DEFAULT, tell: Callable[[str], None] | None = None) -> None:
         self._reading, self._tell = reading, tell
+        # A limit may be lower: a share of it leaves the others for what else the process opens.
+        self._most = max(1, min(_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _OPEN_SHARE))
         self._files: OrderedDict[str, int] = OrderedDict()
         self._cache: ShardCache | None = None
         self._compared: set[str] = set()
@@ -133,7 +136,7 @@ class ShardReader:
         file = self._open_remote(shard, alive) if remote.is_remote(path) else _open_local(shard)
         if file is None:
             return None
-        if len(self._files) >= _OPEN_FILES:
+        if len(self._files) >= self._most:
             os.close(self._files.popitem(last=False)[1])
         self._files[path] = file
         return file

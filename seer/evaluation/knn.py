@@ -72,27 +72,28 @@ def nearest(
     return Neighbours(torch.cat(cosines), torch.cat(indices))
 
 
-def vote(neighbours: Neighbours, bank_labels_N: Tensor, *, temperature: float, classes: int | None = None) -> Tensor:
+def vote(neighbours: Neighbours, bank_labels_N: Tensor, *, temperature: float) -> Tensor:
     """The class with the largest sum of exp(cosine / temperature) over its neighbours; the smaller number if equal.
 
     Args:
         neighbours: from ``nearest``; all K vote.
         bank_labels_N: (N,) integers from 0.
         temperature: above 0; smaller ones trust the very nearest.
-        classes: number of classes; default: the largest label of the bank plus one.
 
     Returns:
         (M,) int64.
     """
     if temperature <= 0:
         raise UserError(f"temperature={temperature}", "votes are exp(cosine / temperature)", "use 0.07")
-    count = int(bank_labels_N.max()) + 1 if classes is None else classes
+    # Places are made for the labels that occur: the largest may be two milliards.
+    labels_C, places_N = torch.unique(bank_labels_N.long(), return_inverse=True)
     cosines_MK = neighbours.cosines_MK
     # Minus the largest: exp(1 / 0.01) is beyond float32, and a common factor changes no argmax.
     weights_MK = ((cosines_MK - cosines_MK[:, :1]) / temperature).exp()
-    votes_MC = weights_MK.new_zeros(len(weights_MK), count)
-    votes_MC.scatter_add_(1, bank_labels_N.long()[neighbours.indices_MK], weights_MK)
-    return votes_MC.argmax(dim=1)
+    votes_MC = weights_MK.new_zeros(len(weights_MK), len(labels_C))
+    votes_MC.scatter_add_(1, places_N[neighbours.indices_MK], weights_MK)
+    winners_M: Tensor = labels_C[votes_MC.argmax(dim=1)]
+    return winners_M
 
 
 def knn_predict(
@@ -102,13 +103,12 @@ def knn_predict(
     *,
     k: int,
     temperature: float,
-    classes: int | None = None,
     chunk: int = _CHUNK,
     bank_chunk: int = _BANK_CHUNK,
 ) -> Tensor:
     """``nearest``, then ``vote``: (M,) int64 predictions."""
     neighbours = nearest(bank_NF, queries_MF, k=k, chunk=chunk, bank_chunk=bank_chunk)
-    return vote(neighbours, bank_labels_N, temperature=temperature, classes=classes)
+    return vote(neighbours, bank_labels_N, temperature=temperature)
 
 
 def knn_top1(

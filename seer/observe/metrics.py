@@ -78,7 +78,7 @@ class MetricsFile:
         for raw in whole:
             try:
                 line = json.loads(raw)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # torn by a kill or a full disk
             if isinstance(line, dict):
                 found.append((raw, line))

@@ -12,11 +12,13 @@ costs every worker two to three seconds and 200 MB.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 
 from seer import shard_manifest
 from seer.errors import UserError, closest
-from seer.files import sync_folder, write_atomically
+from seer.files import LONGEST_LIST, read_at_most, sync_folder, write_atomically
 from seer.keyed_random import key, splitmix64
 from seer.shard_index import ShardIndex, index_path, load_index, save_index
 from seer.shards import curation
@@ -131,17 +133,18 @@ def pack(
         **wishes.options(),
         "input": listing.digest,
     }
-    found = _former(out, options, overwrite)
     try:
-        if found is not None:
-            entries, dropped = found, curation.read_report(out) if wishes.drops else {}
-        else:
-            _begin(out, options)
-            left, dropped = _left(listing, out, wishes, workers, progress)
-            plan = _plan(
-                listing, left, f"{out}/{options['name']}", numbers, shard_bytes, samples_per_shard, seed, wishes
-            )
-            entries = _write_all(plan, out, options, workers, progress)
+        with _alone_in(out):
+            found = _former(out, options, overwrite)
+            if found is not None:
+                entries, dropped = found, curation.read_report(out) if wishes.drops else {}
+            else:
+                _begin(out, options)
+                left, dropped = _left(listing, out, wishes, workers, progress)
+                plan = _plan(
+                    listing, left, f"{out}/{options['name']}", numbers, shard_bytes, samples_per_shard, seed, wishes
+                )
+                entries = _write_all(plan, out, options, workers, progress)
     except OSError as error:
         remedy = "free space or name another folder; the same command then goes on where it was"
         raise UserError(f"{out} cannot be written ({error.strerror})", "the shards need a folder", remedy) from None
@@ -159,7 +162,7 @@ def _labels(listing: Listing, kind: Labels, given: Sequence[str] | None) -> tupl
     known = set(words) - {""}
     if not known:
         return [], np.full(len(listing), -1)
-    if kind == "own" and all(word.isascii() and word.isdecimal() and int(word) < 2**31 for word in known):
+    if kind == "own" and all(map(_is_number, known)):
         names = list(given) if given else listing.classes
         largest = max(map(int, known))
         if names and largest >= len(names):
@@ -174,6 +177,10 @@ def _labels(listing: Listing, kind: Labels, given: Sequence[str] | None) -> tupl
     return names, np.array([number[word] for word in words], np.int64)
 
 
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) <= 10 and int(word) < 2**31
+
+
 def _folders(listing: Listing) -> list[str]:
     """The first folder of each image's path below its input."""
     prefixes = [source.prefix for source in listing.sources]
@@ -186,8 +193,25 @@ def _folders(listing: Listing) -> list[str]:
     return [path.split("/", 1)[0] for path in below]
 
 
-def _begin(out: Path, options: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Keeps other packs out of a folder: each would take the other's tars for its own. The lock dies with it."""
     out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Some network file systems lock no folders: there nobody is kept out.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                rule = "a pack has its folder for itself"
+                raise UserError(f"another pack is writing {out}", rule, "wait for it, or name another folder") from None
+        yield
+    finally:
+        os.close(folder)
+
+
+def _begin(out: Path, options: dict[str, Any]) -> None:
     write_atomically(out / _UNFINISHED, (json.dumps(options) + "\n").encode())
 
 
@@ -269,7 +293,7 @@ def _former(out: Path, options: dict[str, Any], overwrite: bool) -> list[shard_m
         raise UserError(
             f"{out} cannot be read ({error.strerror})", "the shards need a folder", "name another"
         ) from None
-    former = unfinished or (done if done and "input" in done else None)
+    former = unfinished or (done if done and "input" in done and isinstance(done.get("name"), str) else None)
     if names and not former:
         remedy = "name a new folder, or empty this one"
         raise UserError(f"{out} is not empty", "a pack goes into a folder of its own", remedy)
@@ -291,11 +315,12 @@ def _agrees(done: dict[str, Any] | None, options: dict[str, Any]) -> bool:
     return done is not None and all(done.get(word) == options.get(word) for word in words)
 
 
-def _unfinished_options(out: Path) -> Any:
+def _unfinished_options(out: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((out / _UNFINISHED).read_bytes())
-    except (OSError, ValueError):
+        found = json.loads(read_at_most(out / _UNFINISHED, LONGEST_LIST))
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) and isinstance(found.get("name"), str) else None
 
 
 def _is_whole(out: Path, done: dict[str, Any]) -> bool:

@@ -33,7 +33,7 @@ class Stats:
     Attributes:
         shards, images: how many there are.
         tar_bytes, image_bytes: bytes of the tars, and of the images in them.
-        labels: (C,) int64, images of each class; empty without labels.
+        labels: class -> images, ascending; of named classes also those without images; empty without labels.
         unlabelled: images without label.
         classes: names of the classes where the shards' manifest has them, else empty.
         sampled: images that were read, evenly spread over all.
@@ -46,7 +46,7 @@ class Stats:
     images: int
     tar_bytes: int
     image_bytes: int
-    labels: NDArray[np.int64]
+    labels: dict[int, int]
     unlabelled: int
     classes: list[str]
     sampled: int
@@ -84,7 +84,7 @@ class Stats:
             "tar_bytes": self.tar_bytes,
             "image_bytes": self.image_bytes,
             "labelled": self.images - self.unlabelled,
-            "labels": {class_name(self.classes, label): int(count) for label, count in enumerate(self.labels)},
+            "labels": {class_name(self.classes, label): count for label, count in self.labels.items()},
             "sampled": self.sampled,
             "formats": self.formats,
             "bad": self.bad,
@@ -118,19 +118,20 @@ class Shards:
         self.tars = expand_shards(patterns)
         self._index_dir = index_dir
         self.tar_bytes, self.image_bytes = 0, 0
-        counts, labels = [], np.zeros(0, np.int64)
+        counts, labels = [], Counter[int]()
         for tar in self.tars:
             index = load_index(tar, index_dir)
             counts.append(len(index))
             self.tar_bytes += index.tar_size
             self.image_bytes += int(index.sizes.sum(dtype=np.int64))
-            here = np.bincount(index.labels[index.labels >= 0])
-            labels = np.pad(labels, (0, max(0, len(here) - len(labels))))
-            labels[: len(here)] += here
+            # Not by np.bincount: a label may be as large as two milliards.
+            here, images = np.unique(index.labels[index.labels >= 0], return_counts=True)
+            labels.update(dict(zip(here.tolist(), images.tolist(), strict=True)))
         self.counts: NDArray[np.int64] = np.array(counts, np.int64)
-        self.labels: NDArray[np.int64] = labels
         self.images = int(self.counts.sum())
         self.classes = _classes(self.tars)
+        named = range(len(self.classes)) if labels else ()
+        self.labels: dict[int, int] = {label: labels[label] for label in sorted({*named, *labels})}
         if not self.images:
             what = f"{self.tars[0]} and what else was named hold no image"
             raise UserError(what, "there is nothing to look at", "check the shards")
@@ -167,7 +168,7 @@ def _classes(tars: Sequence[str]) -> list[str]:
         (shard_manifest.read(folder) or {}).get("classes") or []
         for folder in sorted({shard_manifest.folder_of(tar) for tar in tars})
     ]
-    return [str(name) for name in lists[0]] if all(names == lists[0] for names in lists) else []
+    return lists[0] if all(names == lists[0] for names in lists) else []
 
 
 def _read(tar: str, tar_size: int, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[bytes]:
@@ -264,7 +265,7 @@ def stats(
         shards.tar_bytes,
         shards.image_bytes,
         shards.labels,
-        shards.images - int(shards.labels.sum()),
+        shards.images - sum(shards.labels.values()),
         shards.classes,
         count,
         _counted(row[0] for row in rows),

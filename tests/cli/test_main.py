@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -224,3 +225,46 @@ def test_print_config_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -
     assert main(["train", "--print-config", "experiment=demo", "data.shards=a-{0..9}.tar", "run_dir=2024_01"]) == 0
     text = capsys.readouterr().out
     assert "run_dir: 2024_01\n" in text.replace("'", "") and "a-{0..9}.tar" in text and "epsilon: 0.02" in text
+
+
+def test_closed_streams_are_no_fault(tmp_path: Path) -> None:
+    for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+        for words, code in (("--version", 0), ("shards stats no.tar", 2), ("nothing", 2)):
+            done = subprocess.run(
+                ["sh", "-c", f"{sys.executable} -m seer {words} {closed}"], capture_output=True, text=True, check=False
+            )
+            assert (done.returncode, "Traceback" in done.stderr) == (code, False), (closed, words, done.stderr)
+
+
+def test_names_that_the_terminal_cannot_write(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in (b"a.jpg", b"b.\xff", b"c.\x1b[2J"):
+        with open(os.path.join(os.fsencode(photos), name), "wb") as file:
+            file.write(b"image")
+    out = os.path.join(os.fsencode(tmp_path), b"gr\xc3\xb6\xff")
+    command = [sys.executable, "-m", "seer", "shards", "pack", str(photos), "--out", out, "--workers", "1"]
+    for encoding in ("utf-8", "ascii"):
+        done = subprocess.run(
+            command, capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": encoding}
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"files .\\x1b[2j" in done.stdout and b"\x1b" not in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_the_exit_code_tells_where_nobody_hears() -> None:
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-m", "seer", "nothing"], stderr=full, check=False).returncode == 2
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EFBIG])
+def test_limits_of_a_process_are_told(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cli, "_dispatch", refused)
+    assert main([]) == 2
+    assert os.strerror(number) in capsys.readouterr().err

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -268,3 +270,19 @@ def test_a_jpeg_is_decoded_smaller_where_that_will_do() -> None:
         assert open_image(data).load(0.6).size == size
         assert open_image(data).load(2.0).size == size
     assert open_image(encoded(image, "PNG")).load(0.1).size == (800, 600)
+
+
+@pytest.mark.parametrize(
+    "segment", ["fffe0002", "ffe50002", "ffe50000", "ff", "ffd9", "ff00", "fff0", "ffe10008457869660000"]
+)
+def test_a_jpeg_of_endless_segments(segment: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    began = time.monotonic()
+    for count in (501, 20_000_000 // len(segment)):
+        with pytest.raises(BadImage, match="too_many_segments"):
+            decode(data[:2] + bytes.fromhex(segment) * count + data[2:])
+    assert time.monotonic() - began < 1
+    if segment == "fffe0002":
+        assert decode(data[:2] + bytes.fromhex(segment) * 480 + data[2:]).size == (8, 8)

@@ -30,6 +30,7 @@ REASONS = {
         "unsupported_mode",
         "too_many_bytes",
         "too_many_scans",
+        "too_many_segments",
         "too_many_strips",
     ),
     *("too_many_pixels", "side_too_long", "side_too_short", "aspect_ratio"),

@@ -407,3 +407,17 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Reading().cache_folder == Path("/elsewhere/seer/shards")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert Reading().cache_folder == Path.home() / ".cache/seer/shards"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [b"", b"7", b"{}", b"[1, 2]", b"[{}, {}, {}]", b'[{"a": "1"}, {}]', b'[{"a": -1e9}, {}]', b"[" * 200_000, b"\xff"],
+)
+def test_needs_that_somebody_else_wrote(server: WebServer, tmp_path: Path, written: bytes) -> None:
+    cache, (tar,) = cache_of(tmp_path, 1), tars_of(server, 1)
+    with open(tmp_path / "cache" / "needs-other-1-x", "wb") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        theirs.write(written)
+        theirs.flush()
+        assert content(cache, tar) == source(server, tar)
+        assert cache.needed_bytes() == 0

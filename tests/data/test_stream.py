@@ -563,3 +563,22 @@ def test_a_sample_is_called_as_webdataset_calls_it(tmp_path: Path, kind: int) ->
     with path.open("rb") as stream:
         expected = [sample["__key__"] for sample in group_by_keys(tar_file_expander([{"url": "", "stream": stream}]))]
     assert keys == expected
+
+
+_MANY_SHARDS = """
+import pickle, resource, sys
+from seer.data.sources import ShardReader
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+reader = ShardReader()
+for shard in pickle.load(sys.stdin.buffer):
+    sys.stdout.buffer.write(reader.read(shard, 0))
+"""
+
+
+def test_a_low_limit_of_open_files_is_kept(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "0.tar", [picture(0)])
+    for number in range(1, 100):
+        (tmp_path / f"{number}.tar").symlink_to("0.tar")
+    shards = [replace(shard, location=str(tmp_path / f"{number}.tar")) for number in range(100)]
+    read = subprocess.check_output([sys.executable, "-c", _MANY_SHARDS], input=pickle.dumps(shards))
+    assert read == picture(0) * 100

@@ -137,3 +137,9 @@ def test_what_cannot_be():
     with pytest.raises(UserError, match="no labelled query"):
         knn_top1(bank, labels, queries[:0], labels[:0], k=1, temperature=0.07)
     assert nearest(bank, queries[:0], k=3).indices_MK.shape == (0, 3)
+
+
+def test_a_label_of_two_milliards_costs_no_memory():
+    bank = torch.eye(3)
+    labels = torch.tensor([2**31 - 1, 7, 0])
+    assert knn_predict(bank, labels, bank, k=1, temperature=0.07).tolist() == labels.tolist()

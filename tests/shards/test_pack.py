@@ -369,3 +369,36 @@ def test_progress_ends_at_the_whole(photos: Path, tmp_path: Path) -> None:
     total = sum(map(len, FILES.values()))
     assert len(told) == 3 and told[-1] == (total, total)
     assert np.all(np.diff([done for done, _ in told]) > 0)
+
+
+def test_two_packs_in_one_folder(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    seen: list[str] = []
+
+    def second(done: int, total: int) -> None:
+        for overwrite in (False, True):
+            with pytest.raises(
+                UserError, match=r"another pack is writing .*: a pack has its folder for itself"
+            ) as told:
+                pack(photos / "dog", out, workers=1, seed=1, overwrite=overwrite)
+            seen.append(str(told.value))
+
+    first = pack(photos, out, samples_per_shard=3, workers=1, progress=second)
+    assert seen and len(samples(out)) == first.samples == len(FILES)
+    assert pack(photos, out, samples_per_shard=3, workers=1).already_there  # the lock is gone
+
+
+def test_a_label_of_five_thousand_digits_is_a_word(photos: Path, tmp_path: Path) -> None:
+    lines = [f"{photos / 'dog' / 'c.PNG'},{'1' * 5000}", f"{photos / 'cat' / 'a.jpg'},7"]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines]))
+    assert pack(tmp_path / "list.csv", tmp_path / "out", workers=1).classes == ["1" * 5000, "7"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"name": 5}', "[" * 200_000])
+def test_somebody_elses_notes_of_a_pack(photos: Path, tmp_path: Path, content: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".packing.json").write_text(content)
+    with pytest.raises(UserError, match="is not empty"):
+        pack(photos, out, workers=1, overwrite=True)
+    assert os.listdir(out) == [".packing.json"]

@@ -55,7 +55,7 @@ def test_formats_are_told_by_content(kind: str) -> None:
 def test_all_images_are_counted(shards: Path, workers: int) -> None:
     found = stats(Shards([f"{shards}/*.tar"]), open_image, max_images=None, workers=workers)
     assert (found.images, found.sampled, found.shards, found.unlabelled) == (60, 60, 9, 0)
-    assert dict(zip(found.classes, found.labels.tolist(), strict=True)) == {"ant": 10, "bee": 20, "cow": 30}
+    assert dict(zip(found.classes, found.labels.values(), strict=True)) == {"ant": 10, "bee": 20, "cow": 30}
     assert found.bad == {"not_an_image": 3, "truncated": 3}
     assert found.formats == {"png": 30, "jpg": 27, "other": 3}
     assert np.unique(found.widths, return_counts=True)[1].tolist() == [8, 18, 28] and set(found.heights) == {40}
@@ -149,3 +149,19 @@ def test_many_classes_are_shortened(tmp_path: Path, capsys: pytest.CaptureFixtur
     run(["stats", f"{tmp_path}/out/*.tar", "--workers", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert "  ... 30 more" in lines and "labels: 50 classes" in lines and len(lines) < 40
+
+
+def test_labels_and_names_made_to_do_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tar(
+        tmp_path / "a.tar",
+        {"a.png": encoded(9, 9, "PNG"), "a.cls": b"2147483647", "b.png": encoded(9, 9, "PNG"), "b.cls": b"1"},
+    )
+    index([f"{tmp_path}/a.tar"])
+    found = stats(Shards([f"{tmp_path}/a.tar"]), open_image)
+    assert found.labels == {1: 1, 2**31 - 1: 1} and found.unlabelled == 0
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["classes"] = ["", "\x1b[2J\nforged\ud800" + "x" * 10**6]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert run(["stats", f"{tmp_path}/a.tar", "--workers", "1", "--sheet", str(tmp_path / "sheet.png")]) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b[2J\\nforged\\ud800" in out and "\x1b" not in out and "\nforged" not in out
