@@ -126,6 +126,8 @@ def load_index(tar: str | Path, index_dir: Path | None = None, *, patience: floa
     except FileNotFoundError:
         raise missing from None
     except remote.Refused as error:
+        if error.status == 404 and away:
+            remote.size(tar, patience=patience)  # tells where there is no such tar either
         raise (missing if error.status == 404 else error) from None
     except UserError:
         raise

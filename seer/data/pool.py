@@ -16,6 +16,7 @@ import selectors
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -25,10 +26,14 @@ from numpy.typing import NDArray
 
 from seer.data.assembly import BadSample, BatchAssembler
 from seer.data.ring import At, Ring, memory_file
+from seer.data.shard_cache import say
 from seer.data.worker_process import Task, Worker, cause_of_death, forked_worker, fresh_worker, write_briefing
 from seer.errors import UserError
 
 DEADLINE_SECONDS = 120.0
+# Reading may take so many times the deadline: a source that tries again gives up by itself, and knows better why.
+_READING = 5
+SILENT_SECONDS = 20.0  # without a byte, after which a shard that is waited for is named
 
 # With fewer rows a task, what is done once a task (numbers looked up, messages) is felt beside decoding.
 _MIN_ROWS = 8
@@ -89,6 +94,7 @@ class BatchPool:
         self._workers: list[Worker] = []
         self._owner = os.getpid()
         self._deaths_in_a_row = self.deaths = 0
+        self._silent_since: float | None = None
         try:
             fork = may_fork and sys.platform == "linux" and threading.active_count() == 1
             for number in range(workers):
@@ -182,8 +188,17 @@ class BatchPool:
                 self._deaths_in_a_row = 0
         if not events:
             for worker in [*self._workers]:
-                if worker.hangs(self._ring.at(worker.number), self._deadline):
+                at = self._ring.at(worker.number)
+                still, reading = worker.stands_still(at), at.shard >= 0 and at.sample < 0
+                if still > self._deadline * (1 if at.sample >= 0 else _READING):
                     self._replace(worker, hung=True)
+                elif still > SILENT_SECONDS and reading and self._silent_since is None:
+                    self._silent_since = time.monotonic() - still
+                    path = self._assembler.shard_path(at.shard)
+                    say(f"nothing came of shard {path} for {still:.0f} s: its server or disk is waited for")
+        elif self._silent_since is not None:
+            say(f"shards are read again, after {time.monotonic() - self._silent_since:.0f} s")
+            self._silent_since = None
 
     def _replace(self, worker: Worker, *, hung: bool) -> None:
         """Another process in the place of a dead or hanging one, for the same tasks."""
@@ -226,11 +241,9 @@ class BatchPool:
             if cause is None
             else "see `seer doctor`; fewer data.workers need less memory"
         )
-        print(
-            f"seer: a data worker {what}{self._place(at)}: another one does its work, and no batch changes. "
-            f"If it happens often: {remedy}. Further ones are counted as worker_deaths",
-            file=sys.stderr,
-            flush=True,
+        say(
+            f"a data worker {what}{self._place(at)}: another one does its work, and no batch changes. "
+            f"If it happens often: {remedy}. Further ones are counted as worker_deaths"
         )
 
     def _place(self, at: At) -> str:

@@ -23,8 +23,6 @@ from seer.data.assembly import BatchAssembler
 from seer.data.ring import At, Ring
 from seer.data.worker import serve_forked
 
-# Reading may take so many times the deadline: a source that tries again gives up by itself, and knows better why.
-_READING = 5
 _GONE_SECONDS = 5.0  # a killed process is gone by then, unless the kernel itself is stuck in a read
 
 
@@ -104,14 +102,12 @@ class Worker:
         *lines, self._received = (self._received + data).split(b"\n")
         return [tuple(json.loads(line)) for line in lines]
 
-    def hangs(self, at: At, deadline: float) -> bool:
-        """Whether calls of this saw it at one place for longer than the deadline, in seconds (reading: 5 times it)."""
-        if not self.tasks:
-            return False
+    def stands_still(self, at: At) -> float:
+        """Seconds for which calls of this saw it at one place."""
         now = time.monotonic()
-        if at.beat != self._beat:
+        if not self.tasks or at.beat != self._beat:
             self._beat, self._since = at.beat, now
-        return now - self._since > deadline * (1 if at.sample >= 0 else _READING)
+        return now - self._since
 
     def end(self) -> int | None:
         """Kills it; its exit code, None if even SIGKILL does not end it now (it will write nothing any more)."""

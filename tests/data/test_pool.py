@@ -22,14 +22,15 @@ import torch
 from evaluation_shards import png, shard
 from lives import gone
 
-from seer.data import assembly
+from seer.data import assembly, pool
 from seer.data.crops import CropSpec
 from seer.data.decode import BadImage, ImageLimits, open_image
 from seer.data.photometric_parameters import PhotometricSpec
 from seer.data.pool import BatchPool
+from seer.data.sources import ShardReader
 from seer.data.stream import Batch, DataStream, QuarantinedSample
 from seer.errors import UserError
-from seer.shard_index import index_path, save_index
+from seer.shard_index import ShardIndex, index_path, save_index
 from seer.shard_list import ShardList
 
 SPECS = [CropSpec(2, 16, 0.3, 1.0), CropSpec(2, 8, 0.1, 0.4)]
@@ -319,6 +320,30 @@ def test_what_dies_of_its_predecessor_is_not_blamed(
     stream, deaths = open_stream(shards, 2), []
     assert digests(stream, 5, between=lambda: deaths.append(stream.worker_deaths)) == expected
     assert stream.quarantine == set() and deaths[-1] > 0
+
+
+def test_a_shard_that_keeps_everybody_waiting_is_named_once(
+    shards: ShardList,
+    forks_only: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    expected = digests(open_stream(shards, 0), 7)
+    monkeypatch.setattr(pool, "SILENT_SECONDS", 0.5)
+    once, read = tmp_path / "once", ShardReader.read
+
+    def reading(reader: ShardReader, shard: ShardIndex, sample: int, alive: Callable[[], None]) -> bytes:
+        data = read(reader, shard, sample, alive)
+        if data == image(101) and not once.exists():
+            once.touch()
+            time.sleep(3.5)
+        return data
+
+    monkeypatch.setattr(ShardReader, "read", reading)
+    assert digests(open_stream(shards, 2), 7) == expected
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 2 and "nothing came of shard" in told[0] and "are read again, after" in told[1]
 
 
 def test_a_bug_in_a_worker_is_told_with_its_traceback(

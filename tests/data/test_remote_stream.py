@@ -280,6 +280,8 @@ def test_indexes_in_a_local_folder(
         tars = pattern(packed, server.url)
         with pytest.raises(UserError, match=r"has no index .* --index-dir 'DIR' and give data\.index_dir=DIR"):
             ShardList.open(tars)
+        with pytest.raises(UserError, match=r"/no\.tar does not exist"):
+            ShardList.open(f"{server.url}/no.tar")
         with pytest.raises(UserError, match="--index-dir"):
             index([tars])
         server.requests.clear()
