@@ -199,10 +199,6 @@ def _mesh(device_type: str, ranks: int, shard_ranks: int | None) -> DeviceMesh:
     return init_device_mesh(device_type, (ranks // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
 
 
-class LostRank(RuntimeError):
-    """Another process of the run is gone, or did not answer in time: this one cannot go on by itself."""
-
-
 def lost_rank(error: BaseException) -> bool:
     """Whether an error says that another rank of the run is gone or did not answer in time."""
     if not isinstance(error, RuntimeError) or world_size() == 1:

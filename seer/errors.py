@@ -67,6 +67,10 @@ class ToldElsewhere(UserError):
     """A user's error that another rank of the run tells: this one leaves with the same exit code, without a word."""
 
 
+class LostRank(RuntimeError):
+    """Another process of the run is gone, or did not answer in time: this one cannot go on by itself."""
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """The remedy for a misspelt name: "did you mean 'steps'?", or the list of what there is."""
     names = sorted(known)

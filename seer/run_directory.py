@@ -6,6 +6,7 @@ names in it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from seer import frozen_config
-from seer.errors import UserError
+from seer.errors import LostRank, UserError, shown
 from seer.files import cannot_write, write_atomically
 from seer.run_agreement import agree_or_raise
 from seer.run_lock import RunLock, in_use
@@ -22,6 +23,7 @@ from seer.run_lock import RunLock, in_use
 _CONFIG = "config.yaml"
 _SHARDS = "shards.json"
 _LOCK = "run.lock"
+_MOST_WORDS = 1000  # of an error, in the result
 _LAUNCH = "launch"  # what `seer launch` keeps: it is there before the run is
 
 
@@ -38,6 +40,7 @@ class RunDirectory:
         self.config = config
         self._lock = lock
         self._made = made
+        self._recorded = False
 
     @classmethod
     def open(cls, run_dir: str | Path, config: Mapping[str, Any], *, take_over: bool = False) -> RunDirectory:
@@ -90,6 +93,9 @@ class RunDirectory:
         _agree(self.folder, frozen)
         _write(self.folder / _CONFIG, frozen_config.as_text(frozen))
         self._made = ()
+        # How the life before ended; until this one ends nobody knows how it will.
+        self.result.unlink(missing_ok=True)
+        self._recorded = True
         if shards is not None:
             _write(shards_of(self.folder), json.dumps(shards, separators=(",", ":")) + "\n")
 
@@ -153,11 +159,6 @@ class RunDirectory:
         """Set some keys of ``result.json`` and keep the others."""
         self.write_result((read_result(self.folder) or {}) | dict(changes))
 
-    def finished(self) -> dict[str, Any] | None:
-        """The result of a run that reached its last step, else None."""
-        result = read_result(self.folder)
-        return result if result is not None and result.get("state") == "finished" else None
-
     def close(self) -> None:
         """Give the lock back; of a run that was not recorded nothing stays."""
         if self._lock is not None:
@@ -170,7 +171,19 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, LostRank):  # why, that one may have told
+            self._leave(error)
         self.close()
+
+    def _leave(self, error: Exception) -> None:
+        """Note in the result what ended the run, if this process may write it: the error itself is told by others."""
+        if self._lock is None or not self._recorded:
+            return
+        words = shown(str(error)) if isinstance(error, UserError) else f"{type(error).__name__}: {shown(str(error))}"
+        # A full disk may be what ended it.
+        with contextlib.suppress(OSError, UserError):
+            if self._lock.still_held():
+                self.write_result({"state": "failed", "error": " ".join(words.split())[:_MOST_WORDS]})
 
 
 def read_run(run_dir: str | Path) -> dict[str, Any]:
@@ -191,25 +204,29 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
     return config
 
 
-def recorded_decoder(run_dir: str | Path) -> str | None:
-    """What made the crops of a run so far; None where it has not begun."""
-    folder = _absolute(run_dir)
-    found = (frozen_config.read(folder / _CONFIG) if _has_begun(folder) else None) or {}
-    decoder: str | None = found.get("data", {}).get("decoder")
-    return decoder
-
-
-def check_data(run_dir: str | Path, data: Mapping[str, Any]) -> None:
-    """Whether batches are those that a run learned from; reads only.
-
-    Args:
-        run_dir: the folder of a run.
-        data: what they are made of (``DataStream.identity()``).
+def recorded_data(run_dir: str | Path) -> dict[str, Any] | None:
+    """What ``record`` was given as ``data``; None where the run has not begun.
 
     Raises:
-        UserError: they are not, or the folder holds no run.
+        UserError: the configuration of the run cannot be read.
     """
-    _agree(_absolute(run_dir), frozen_config.contents(read_run(run_dir), None, data))
+    folder = _absolute(run_dir)
+    found = frozen_config.read(folder / _CONFIG) if _has_begun(folder) else None
+    return None if found is None else found.get("data", {})
+
+
+def agree_with_run(run_dir: str | Path, config: Mapping[str, Any], *, data: Mapping[str, Any] | None = None) -> None:
+    """Refuses a configuration that a run in a folder could not go on with; nothing is locked.
+
+    Args:
+        run_dir: the folder.
+        config: as for ``RunDirectory.open``.
+        data: as for ``record``; without it the shards must be spelt as they were.
+
+    Raises:
+        UserError: the values that differ.
+    """
+    _agree(_absolute(run_dir), frozen_config.contents(config, data=data))
 
 
 def check_can_run(run_dir: str | Path, config: Mapping[str, Any], *, take_over: bool = False) -> None:
@@ -281,13 +298,20 @@ def read_shards(run_dir: str | Path) -> Any:
 
 
 def read_result(run_dir: str | Path) -> dict[str, Any] | None:
-    """What ``result.json`` says, None where the run has not ended yet."""
+    """What ``result.json`` says, None where the run has not ended yet.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
     file = Path(run_dir).expanduser() / "result.json"
     try:
         result = json.loads(file.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        what = f"{file} cannot be read ({error.strerror})"
+        raise UserError(what, "it holds a run's result", "name another run_dir, or change its permissions") from None
+    except (ValueError, RecursionError):
         result = None
     if not isinstance(result, dict):
         raise UserError(f"{file} cannot be read", "it is the JSON object with a run's result", "delete that file")
@@ -365,4 +389,6 @@ def _agree(folder: Path, frozen: Mapping[str, Any], *, contents_later: bool = Fa
 
 
 def _has_begun(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "result.json"))
+    if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+        return True
+    return (read_result(folder) or {"state": "failed"}).get("state") != "failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from seer.config import (
@@ -22,6 +23,7 @@ from seer.decoders import DECODERS
 from seer.errors import UserError, closest
 from seer.source_list import read_sources
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # Options of sbatch that `launch.extra_sbatch` may not give: what to do instead.
 SBATCH_OF_LAUNCH = {
     "nodes": "use launch.nodes",
@@ -50,6 +52,7 @@ def validate(config: TrainConfig, *, world_size: int = 1) -> None:
     """
     if not config.run_dir:
         raise UserError("run_dir is empty", "a run needs a folder of its own", "write run_dir=runs/first")
+    _no_address("run_dir", config.run_dir)
     _at_least("seed", config.seed, 0)
     _validate_train(config.train, world_size)
     _validate_data(config.data, config.train)
@@ -81,6 +84,7 @@ def _validate_train(train: TrainSection, world_size: int) -> None:
     _at_least("train.log_every_steps", train.log_every_steps, 1)
     if train.init_from == "":
         raise UserError("train.init_from is empty", "it names an exported .safetensors file", "give one, or write null")
+    _no_address("train.init_from", train.init_from)
 
 
 def _validate_data(data: DataConfig, train: TrainSection) -> None:
@@ -102,6 +106,8 @@ def _validate_data(data: DataConfig, train: TrainSection) -> None:
         raise UserError("data.index_dir is empty", "it names a folder", "give one, or write null")
     if data.cache_dir == "":
         raise UserError("data.cache_dir is empty", "it names a folder", "give one, or write null")
+    _no_address("data.index_dir", data.index_dir)
+    _no_address("data.cache_dir", data.cache_dir)
     _inside("data.cache_gb", data.cache_gb, 0, 1e9)
     # A data worker that reads for longer is taken for one that hangs.
     _inside("data.io_timeout_seconds", data.io_timeout_seconds, 1, 500)
@@ -326,6 +332,14 @@ def validate_launch(launch: LaunchConfig) -> None:
         remedy = SBATCH_OF_LAUNCH.get(key.replace("_", "-"))
         if remedy is not None:
             raise UserError(f"launch.extra_sbatch holds {key}", "seer launch sets this option", remedy)
+
+
+def _no_address(key: str, path: str | None) -> None:
+    """As a path an address would quietly be a folder called `s3:`."""
+    if path is not None and _ADDRESS.match(path):
+        raise UserError(
+            f"{key}={path} is an address", "only shards are read from one", "name a place in the file system"
+        )
 
 
 def _one_of(key: str, value: str, known: Sequence[str]) -> None:

@@ -74,6 +74,10 @@ def test_accepted(values: dict[str, Any]) -> None:
     ("values", "words"),
     [
         ({"run_dir": ""}, "run_dir is empty"),
+        ({"run_dir": "s3://photos/runs"}, "run_dir=s3://photos/runs is an address"),
+        ({"data__cache_dir": "gs://photos/cache"}, "data.cache_dir=gs://photos/cache is an address"),
+        ({"data__index_dir": "https://host/index"}, "data.index_dir=https://host/index is an address"),
+        ({"train__init_from": "s3://photos/w.safetensors"}, "train.init_from=s3://photos/w.safetensors is an address"),
         ({"seed": -1}, "seed=-1"),
         ({"data__shards": []}, "data.shards='SHARDS_DIR/*.tar'"),
         ({"data__shards": [""]}, "empty pattern"),

@@ -33,7 +33,7 @@ ENTRY = "__main__"  # `python -m seer`: calls the command line and is imported b
 # What a data worker, the launcher and `--help` import: they start in a fraction of the time that torch takes to import.
 WITHOUT_TORCH = (
     *("__init__", "errors", "config", "compose", "keyed_random", "shard_index", "files", "run_directory", "run_lock"),
-    *("frozen_config", "remote_clients"),
+    *("amounts", "frozen_config", "remote_clients"),
     *("remote", "run_agreement", "shard_list", "shard_manifest", "shard_patterns", "wids_json", "decoders"),
     *("validation", "derived", "source_list", "rank_environment", "pictures", "observe/preview"),
     *(
@@ -54,7 +54,7 @@ WITHOUT_TORCH = (
     *("data/ahead", "data/assembly", "data/pool", "data/ring", "data/worker", "data/worker_process"),
     *("data/shard_cache", "data/fetching"),
     *("cli/__init__", "cli/main", "cli/arguments", "cli/launch", "cli/train", "cli/runs", "cli/doctor", "cli/preview"),
-    *(f"launching/{name}" for name in ("cluster", "entry", "folder", "follow", "local", "placement")),
+    *(f"launching/{name}" for name in ("cluster", "entry", "finished", "folder", "follow", "local", "placement")),
     *(f"launching/{name}" for name in ("buckets", "machine", "machine_facts", "slurm", "submission", "tail")),
 )
 

@@ -7,6 +7,7 @@ import shlex
 import textwrap
 from pathlib import Path
 
+from seer.amounts import many
 from seer.cli import train
 from seer.compose import compose, flat
 from seer.config import TrainConfig, freeze
@@ -15,7 +16,7 @@ from seer.launching import cluster, local, submission
 from seer.launching.folder import LaunchFolder, absolute
 from seer.launching.placement import Placement
 from seer.launching.tail import Tail
-from seer.run_directory import check_can_run, free_from_elsewhere, read_result, read_shards, shards_of
+from seer.run_directory import check_can_run, free_from_elsewhere, read_shards, shards_of
 from seer.validation import validate, validate_launch
 
 HELP = """\
@@ -46,29 +47,36 @@ def run(argv: list[str]) -> int:
         if word not in _OPTIONS:
             raise UserError(f"seer launch {word}", "there is no such option", closest(word, _OPTIONS))
     config = absolute(compose([word for word in argv if word not in options]))
-    placement = _checked(config, take_over="--take-over" in options)
-    folder = LaunchFolder(Path(config.run_dir))
-    result = read_result(config.run_dir) or {}
-    if result.get("state") == "finished":
-        steps = f"{result['steps']:,} steps"
+    placement = _placed(config)
+    from seer.launching.finished import finished_result  # imports numpy, which the help does without
+
+    if (result := finished_result(config)) is not None:
+        steps = many(result["steps"], "step")
         print(f"{config.run_dir} is finished ({steps}); delete it or name another run_dir to train anew")
         return 0
+    _check(config, take_over="--take-over" in options)
+    folder = LaunchFolder(Path(config.run_dir))
     if config.launch.name == "slurm":
         return _slurm(config, folder, placement, options)
     return _local(config, folder, placement, options)
 
 
-def _checked(config: TrainConfig, *, take_over: bool) -> Placement:
-    """Everything that can be refused before something is written or queued."""
-    from seer.data.history import History  # imports numpy, which the help does without
-    from seer.data.mixture import open_shards, order_of
-    from seer.shard_list import ShardList
-
+def _placed(config: TrainConfig) -> Placement:
+    """The processes, of a configuration whose values are valid for them."""
     validate_launch(config.launch)
     placement = cluster.place(config) if config.launch.name == "slurm" else local.place(config)
     validate(config, world_size=placement.world_size)
     if config.launch.name == "slurm" and "%" in config.run_dir:
         raise UserError(f"run_dir={config.run_dir}", "SLURM reads % in a path as a pattern", "choose a name without %")
+    return placement
+
+
+def _check(config: TrainConfig, *, take_over: bool) -> None:
+    """Everything else that can be refused before something is written or queued."""
+    from seer.data.history import History
+    from seer.data.mixture import open_shards, order_of
+    from seer.shard_list import ShardList
+
     index_dir = Path(config.data.index_dir) if config.data.index_dir else None
     shards, sources = open_shards(config.data.shards, config.data.mixture, index_dir)
     order_of(shards.counts, sources, seed=config.seed, global_batch_size=config.train.global_batch_size)
@@ -80,8 +88,7 @@ def _checked(config: TrainConfig, *, take_over: bool) -> Placement:
         raise UserError(f"train.init_from={init_from}", "there is no such file", "check the path")
     submission.refuse_queued(LaunchFolder(Path(config.run_dir)))
     check_can_run(config.run_dir, freeze(config), take_over=take_over)
-    finished = (read_result(config.run_dir) or {}).get("state") == "finished"
-    if not finished and (recorded := read_shards(config.run_dir)) is not None:
+    if (recorded := read_shards(config.run_dir)) is not None:
         # Where it stands will be known when it goes on: for now only what it began with must be there.
         History.from_json(recorded, str(shards_of(config.run_dir))).continued(
             shards,
@@ -91,7 +98,6 @@ def _checked(config: TrainConfig, *, take_over: bool) -> Placement:
             lanes=1,
             allow_growth=config.data.allow_growth,
         )
-    return placement
 
 
 def _local(config: TrainConfig, folder: LaunchFolder, placement: Placement, options: list[str]) -> int:

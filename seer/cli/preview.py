@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seer.cli.amounts import many
+from seer.amounts import many
 from seer.cli.arguments import Arguments, path, png, positive, whole
 from seer.compose import compose, thaw
 from seer.config import TrainConfig
 from seer.errors import UserError
-from seer.run_directory import check_data, checkpoints_of, read_run, read_shards, recorded_decoder, shards_of
+from seer.run_directory import agree_with_run, checkpoints_of, read_run, read_shards, recorded_data, shards_of
 from seer.validation import validate
 
 if TYPE_CHECKING:  # imports torch: only what draws may
@@ -94,7 +94,7 @@ def _stream(config: TrainConfig, run: Path | None, batch_index: int) -> DataStre
     from seer.decoders import installed_decoders
     from seer.derived import resolve_decoder
 
-    recorded = None if run is None else recorded_decoder(run)
+    recorded = None if run is None else (recorded_data(run) or {}).get("decoder")
     decoder = resolve_decoder(config, recorded=recorded, installed=installed_decoders()).value
     shards, sources = build.shards(config)
     history = None
@@ -111,7 +111,7 @@ def _stream(config: TrainConfig, run: Path | None, batch_index: int) -> DataStre
         )
     stream = build.stream(config, workers=0, decoder=decoder, opened=(shards, sources), history=history)
     if run is not None:
-        check_data(run, stream.identity())
+        agree_with_run(run, read_run(run), data=stream.identity())
         deadly = CheckpointStore(checkpoints_of(run)).newest_state().get("quarantine", [])
         stream.add_to_quarantine(QuarantinedSample(*sample) for sample in deadly)
     return stream

@@ -28,7 +28,7 @@ from any machine that sees them; where squeue is, it also asks which of your job
   running   a process holds the run; of one on another machine only the lock is seen: look at the age of the last line
   finished  it took its last step
   stopped   it was asked to stop and saved: the same command goes on
-  failed    seer launch started it, and it ended with an error: RUN/launch/*.log says which
+  failed    it ended with an error, which is the last column: the same command goes on from the newest checkpoint
   lost      it ended without saying how: the same command goes on from the newest checkpoint
   queued    seer launch has handed it over, and it has not begun; or its job waits to go on
 """
@@ -70,9 +70,12 @@ def table(found: list[RunView], base: Path) -> Table:
     from rich.text import Text
 
     columns = ("run", "state", "step", "images/s", "loss (chance)", "kNN", "time left", "last line")
+    failed = any(one.error for one in found)
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
         drawn.add_column(name, justify="left" if name in ("run", "state") else "right", overflow="fold")
+    if failed:
+        drawn.add_column("error", overflow="fold")
     for one in found:
         name = one.folder.name if one.folder == base else str(one.folder.relative_to(base))
         state = f"{one.state} on {one.host}" if one.is_elsewhere else one.state
@@ -86,6 +89,7 @@ def table(found: list[RunView], base: Path) -> Table:
             "-" if one.knn_top1 is None else f"{one.knn_top1:.1%}",
             "-" if one.seconds_left is None else duration(one.seconds_left),
             "-" if one.line_age_seconds is None else f"{duration(one.line_age_seconds)} ago",
+            *([Text(one.error or "")] if failed else []),
         )
     return drawn
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from seer.cli.amounts import many, said
+from seer.amounts import many, said
 from seer.cli.arguments import Arguments, path, png, positive
 from seer.errors import UserError, closest, printable, shown
 from seer.shards.processes import Progress, cores

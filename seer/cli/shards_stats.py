@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from seer.cli.amounts import many, said, share
+from seer.amounts import many, said, share
 from seer.errors import printable
 from seer.shard_manifest import class_name
 from seer.shards.stats import QUANTILES, Stats

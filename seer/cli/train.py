@@ -18,7 +18,7 @@ from seer import config as schema
 from seer.cli.steadfast import Steadfast
 from seer.compose import compose, flat, groups, key_types, thaw
 from seer.config import TrainConfig, freeze
-from seer.errors import EXIT_STOPPED, ToldElsewhere, UserError
+from seer.errors import EXIT_STOPPED, LostRank, ToldElsewhere, UserError
 from seer.launching import slurm
 from seer.launching.entry import leave_status, read_frozen
 from seer.rank_environment import rank_environment, told_once
@@ -92,13 +92,12 @@ def _train(config: TrainConfig, *, take_over: bool) -> int:
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGUSR2)}
     before |= {number: signal.signal(number, _stopped_before_it_began) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        from seer import distributed  # imports torch, and so comes after everything that can be refused without it
-        from seer.training import loop
+        from seer.training import loop  # imports torch, and so comes after everything that can be refused without it
 
         try:
             with contextlib.redirect_stdout(Steadfast(sys.stdout)):
                 result = loop.run(config, take_over=take_over)
-        except distributed.LostRank as lost:
+        except LostRank as lost:
             print(f"seer: {lost}", file=sys.stderr, flush=True)
             return EXIT_STOPPED
         if result.again and (why_not := slurm.requeue()):

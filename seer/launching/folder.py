@@ -96,10 +96,18 @@ class LaunchFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def message(self) -> str | None:
+        """Why the last life ended with the user's input, None where it did not."""
+        try:
+            found = json.loads(self.status.read_bytes())["message"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found if isinstance(found, str) else None
+
     def tell_cause(self, log: Path) -> None:
         """Say on stderr why the last life ended, where the log of rank 0 does not: another process met the error."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            message = json.loads(self.status.read_bytes())["message"]
+        message = self.message()
+        with contextlib.suppress(OSError):
             if message and message not in log.read_text(encoding="utf-8", errors="replace"):
                 print(f"seer: {message}", file=sys.stderr)
 
@@ -173,10 +181,11 @@ def absolute(config: TrainConfig) -> TrainConfig:
         home = text if "://" in text or os.path.exists(text) else os.path.expanduser(text)
         return home if "://" in home else os.path.join(os.getcwd(), home)
 
-    data, evaluation, train = config.data, config.evaluation, config.train
+    run_dir, data, evaluation, train = config.run_dir, config.data, config.evaluation, config.train
     return dataclasses.replace(
         config,
-        run_dir=os.path.abspath(config.run_dir) if config.run_dir else "",
+        # An address is refused later.
+        run_dir=os.path.abspath(os.path.expanduser(run_dir)) if run_dir and "://" not in run_dir else run_dir,
         data=dataclasses.replace(
             data,
             shards=[path(pattern) if pattern else "" for pattern in data.shards],

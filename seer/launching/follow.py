@@ -30,8 +30,8 @@ class RunView:
     Attributes:
         folder: the run's folder.
         state: `running` (a process holds the lock; one on another machine is believed), `finished`, `stopped` (the
-            same command goes on), `failed` (launched, and ended with an error), `lost` (ended without saying how) or
-            `queued` (launched, nothing written yet; or its job waits in the queue, again).
+            same command goes on), `failed` (ended with an error), `lost` (ended without saying how) or `queued`
+            (launched, nothing written yet; or its job waits in the queue, again).
         host: where the process runs that holds the lock; running runs only.
         step, total_steps: steps taken, as of the last line of the metrics or what was saved after it, and of the whole
             run.
@@ -40,6 +40,7 @@ class RunView:
         knn_top1: newest score in [0, 1].
         seconds_left: to the last step at `images_per_s`; running runs only.
         line_age_seconds: since the last line of the metrics was written.
+        error: why it failed; failed runs only.
         last_activity: when a file of the run changed last, seconds since 1970.
     """
 
@@ -54,6 +55,7 @@ class RunView:
     knn_top1: float | None
     seconds_left: float | None
     line_age_seconds: float | None
+    error: str | None
     last_activity: float
 
     @property
@@ -134,6 +136,7 @@ def _view(folder: Path, config: dict[str, Any] | None, job: str | None, now: flo
         knn_top1=_number(_newest(tail, "knn_top1") or result, "knn_top1"),
         seconds_left=_seconds_left(line, total) if state == "running" else None,
         line_age_seconds=None if written is None else max(0.0, now - written),
+        error=(result.get("error") or launched.message()) if state == "failed" else None,
         last_activity=max(filter(None, map(_changed, (metrics, lock, launched.folder, folder))), default=0.0),
     )
 
@@ -144,7 +147,7 @@ def _state(host: str | None, result: dict[str, Any], exit_code: int | None, *, l
     if result.get("state") == "finished":
         return "finished"
     if result and not lock_left:
-        return "stopped"
+        return "failed" if result.get("state") == "failed" else "stopped"
     if exit_code not in (None, 0, EXIT_STOPPED):
         return "failed"
     return "lost" if begun else "queued"

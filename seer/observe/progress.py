@@ -44,6 +44,7 @@ class Progress:
         data_wait_share: float,
         seconds_left: float,
         knn_top1: float | None = None,
+        bad_samples: int = 0,
     ) -> None:
         """Show where the run is.
 
@@ -54,6 +55,7 @@ class Progress:
             data_wait_share: share of the last steps' time spent waiting for data, in [0, 1].
             seconds_left: to the last step.
             knn_top1: of the newest evaluation, in [0, 1]; None before the first.
+            bad_samples: images so far that were replaced.
         """
         words = [
             f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}",
@@ -66,6 +68,8 @@ class Progress:
             f"{images_per_s:.0f} images/s" if images_per_s >= 10 else f"{images_per_s:.1f} images/s",
             f"waiting for data {data_wait_share:.0%}",
         ]
+        if bad_samples:
+            words.append(f"{bad_samples:,} bad")
         self._show("  ".join(words), share=step / self._total_steps if self._total_steps else 1.0)
 
     def close(self) -> None:

@@ -246,6 +246,7 @@ class Watch:
             data_wait_share=line["data_wait_share"],
             seconds_left=(time.perf_counter() - self._began) / done * (self.total_steps - line["step"]),
             knn_top1=(self.last_evaluation or {}).get("knn_top1"),
+            bad_samples=line["bad_samples"],
         )
 
 

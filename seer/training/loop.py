@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,26 +13,31 @@ import torch
 from torch import Tensor
 
 from seer import build, distributed
+from seer.amounts import many, said
 from seer.checkpoint.store import CheckpointStore
 from seer.config import TrainConfig, freeze
 from seer.data.stream import DataStream, QuarantinedSample
 from seer.data.transfer import on_device
 from seer.decoders import installed_decoders, require_decoder
 from seer.derived import Resolved, reading, resolve, resolve_decoder
-from seer.errors import EXIT_STOPPED, UserError
+from seer.errors import EXIT_STOPPED, LostRank, UserError
 from seer.evaluation.online import OnlineEvaluation
 from seer.handoff.timm_format import export_timm, load_exported
 from seer.launching import slurm
+from seer.launching.finished import finished_result
+from seer.observe.progress import duration
 from seer.observe.watch import Quarantine, Watch
 from seer.rank_environment import rank_environment, told_once
-from seer.run_directory import RunDirectory, checkpoints_of, recorded_decoder
+from seer.run_directory import RunDirectory, check_can_run, checkpoints_of, recorded_data
 from seer.shard_list import ShardList
 from seer.training.bad_share import BadShare
-from seer.training.shards import agreed_history, agreed_shards
+from seer.training.shards import agreed_history, agreed_shards, check_cache
 from seer.training.state import TrainState, fresh_state, load_state, state_tensors
 from seer.training.step import float_crops, set_learning_rate, step_settings, train_step
 from seer.training.stop import StopRequest
 from seer.validation import validate
+
+_FEWEST_STEPS = 300  # before which a loss at chance says nothing
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,16 @@ def run(config: TrainConfig, *, take_over: bool = False) -> Result:
 
 def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
     first = distributed.rank() == 0
+    with distributed.together():
+        finished = finished_result(config) if first else None
+        if first and finished is None:
+            check_can_run(config.run_dir, freeze(config), take_over=take_over)
+    if (finished := distributed.of_first_rank(finished)) is not None:
+        if first:
+            _conclude(config, finished)
+            folder = Path(config.run_dir).expanduser().absolute()
+            print(f"{folder} is finished; delete it or name another run_dir to train anew")
+        return Result(0, finished if first else {})
     fresh = CheckpointStore(checkpoints_of(config.run_dir)).is_empty()
     with distributed.together():
         strategy = build.strategy(config, device=device)
@@ -94,13 +110,6 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         )
 
     with run:
-        with distributed.together():
-            finished = run.finished() if first else None
-        if (finished := distributed.of_first_rank(finished)) is not None:
-            if first:
-                _conclude(run, finished)
-                print(f"{run.folder} is finished; delete it or name another run_dir to train anew")
-            return Result(0, finished if first else {})
         checkpoints = CheckpointStore(
             run.checkpoints,
             config.checkpoint.keep,
@@ -183,7 +192,7 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
         except RuntimeError as error:
             if distributed.lost_rank(error):
                 what = f"another process of the run is gone ({_first_words(error)})"
-                raise distributed.LostRank(f"{what}: the same command goes on from the last checkpoint") from error
+                raise LostRank(f"{what}: the same command goes on from the last checkpoint") from error
             raise
         finally:
             stop.close()
@@ -199,7 +208,9 @@ def _run(config: TrainConfig, device: torch.device, take_over: bool) -> Result:
             if last is not None:
                 result["exports"] = [_export(config, run, last.tensors("model/backbone."), state.step)]
             run.write_result(result)
-            _conclude(run, result)
+            _conclude(config, result)
+            if not finished_now:
+                print(f"the same command goes on from {run.checkpoints}")
         progress = start_step is None or state.step > start_step
         return Result(0 if finished_now else EXIT_STOPPED, result, again=first and stop.again and progress)
 
@@ -210,7 +221,8 @@ def _decoder(config: TrainConfig) -> Resolved:
     decoder: Resolved | None = None
     with distributed.together():
         if distributed.rank() == 0:
-            decoder = resolve_decoder(config, recorded=recorded_decoder(config.run_dir), installed=installed)
+            recorded = (recorded_data(config.run_dir) or {}).get("decoder")
+            decoder = resolve_decoder(config, recorded=recorded, installed=installed)
     agreed: Resolved = distributed.of_first_rank(decoder)
     with distributed.together():
         require_decoder(agreed.value, installed)
@@ -240,9 +252,12 @@ def _evaluation(config: TrainConfig) -> OnlineEvaluation | None:
     settings = config.evaluation
     if not settings.every_steps:
         return None
+    train, val = (ShardList.open(patterns, reading=reading(config.data)) for patterns in (settings.train, settings.val))
+    check_cache(train)
+    check_cache(val)
     return OnlineEvaluation(
-        ShardList.open(settings.train, reading=reading(config.data)),
-        ShardList.open(settings.val, reading=reading(config.data)),
+        train,
+        val,
         every_steps=settings.every_steps,
         image_size=config.data.large.size,
         limits=build.image_limits(config.data),
@@ -299,36 +314,38 @@ def _introduce(
     where = device.type if ranks == 1 else f"{ranks} x {device.type}"
     print(
         f"{run.folder}: {config.backbone.name} ({weights / 1e6:.2f} M weights) on {where}, "
-        f"{config.train.precision}, {stream.samples:,} images, batches of {config.train.global_batch_size}, "
-        f"{config.train.steps:,} steps ({stream.epochs(config.train.steps):.1f} epochs)"
+        f"{config.train.precision}, {many(stream.samples, 'image')}, batches of {config.train.global_batch_size}, "
+        f"{many(config.train.steps, 'step')} ({stream.epochs(config.train.steps):.1f} epochs)"
     )
     for key, (value, reason) in resolved.items():
         if reason != "given":
-            print(f"  {key} = {value}: {reason}")
+            shares = value.items() if isinstance(value, Mapping) else ()
+            print(f"  {key} = {', '.join(f'{name} {images}' for name, images in shares) or value}: {reason}")
     remote, remote_bytes = stream.remote_shards
     if remote:
         cache = reading(config.data)
         kept = f"kept in {cache.cache_folder}, at most {config.data.cache_gb:g} GB" if cache.cache_bytes else "not kept"
-        print(f"  {remote:,} remote shard{'s' * (remote > 1)} ({remote_bytes / 1e9:.3g} GB), {kept}")
+        print(f"  {many(remote, 'remote shard')} ({said(remote_bytes)}), {kept}")
     if state.step:
         print(f"  going on from step {state.step:,}")
-    print(f"  first news after {config.train.log_every_steps} steps", flush=True)
+    every, left = config.train.log_every_steps, config.train.steps - state.step
+    print(f"  first news after {many(min(every - state.step % every, left), 'step')}", flush=True)
 
 
-def _conclude(run: RunDirectory, result: dict[str, Any]) -> None:
-    minutes, seconds = divmod(round(result["seconds"]), 60)
+def _conclude(config: TrainConfig, result: dict[str, Any]) -> None:
     scores = f", kNN top-1 {result['knn_top1']:.1%}" if "knn_top1" in result else ""
     loss = "not finite" if result["loss"] is None else f"{result['loss']:.3f}"
     print(
-        f"{result['state']}: {result['steps']:,} steps in {minutes} min {seconds} s, "
+        f"{result['state']}: {many(result['steps'], 'step')} in {duration(result['seconds'])}, "
         f"loss {loss} (chance {result['chance']:.3f}){scores}"
     )
-    if result["loss"] is not None and result["loss"] > 0.98 * result["chance"]:
+    if bad := result["bad_samples"]:
+        print(f"{many(bad, 'bad image')} replaced (quarantine/rank-*.jsonl)")
+    tells = result["steps"] >= max(_FEWEST_STEPS, config.train.steps // 10)  # the warm-up is over
+    if tells and result["loss"] is not None and result["loss"] > 0.98 * result["chance"]:
         print("the loss has not left chance: too few steps yet, or docs/troubleshooting.md, first section")
     for weights in result["exports"]:
         print(f"weights for timm: {weights}")
-    if result["state"] != "finished":
-        print(f"the same command goes on from {run.checkpoints}")
 
 
 def _result(state: TrainState, watch: Watch) -> dict[str, Any]:

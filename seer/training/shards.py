@@ -9,7 +9,9 @@ from seer import build, distributed
 from seer.config import TrainConfig
 from seer.data.history import History
 from seer.data.mixture import SourceShare
+from seer.data.shard_cache import ShardCache
 from seer.errors import UserError
+from seer.remote import is_remote
 from seer.run_directory import RunDirectory, read_shards, shards_of
 from seer.shard_list import ShardList
 
@@ -18,10 +20,11 @@ def agreed_shards(config: TrainConfig) -> tuple[ShardList, list[SourceShare]]:
     """The configured shards and their sources; all ranks together.
 
     Raises:
-        UserError: on all ranks, if they cannot be opened on one, or one finds others than rank 0.
+        UserError: on all ranks, if they cannot be opened or cached on one, or one finds others than rank 0.
     """
     with distributed.together():
         shards, sources = build.shards(config)
+        check_cache(shards)
     found = (shards.digest, len(shards), shards.samples, sources)
     of_first, host = distributed.of_first_rank((found, socket.gethostname()))
     with distributed.together():
@@ -33,6 +36,16 @@ def agreed_shards(config: TrainConfig) -> tuple[ShardList, list[SourceShare]]:
                 "let data.shards (or data.mixture) mean the same files on every machine",
             )
     return shards, sources
+
+
+def check_cache(shards: ShardList) -> None:
+    """Refuses a folder that could not hold the shards, where they are remote.
+
+    Raises:
+        UserError: the cache's folder cannot be used on this machine.
+    """
+    if shards.reading.cache_bytes and any(is_remote(shard.location) for shard in shards.listed):
+        ShardCache(shards.reading)
 
 
 def agreed_history(

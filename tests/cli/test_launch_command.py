@@ -81,6 +81,7 @@ def there() -> list[str]:
             ["run_dir=r", "launch=slurm", "launch.gpus_per_node=8", "launch.cpus_per_gpu=99"],
             "launch.cpus_per_gpu=99 with 1 node x 8 GPUs: the largest node of partition gpu that would do has 64 cores",
         ),
+        (["run_dir=s3://photos/runs"], "run_dir=s3://photos/runs is an address"),
         (["run_dir=a%j", "launch=slurm"], "SLURM reads % in a path as a pattern"),
         (["run_dir=r", "launch=slurm", "launch.time_limit_minutes=2"], "launch.stop_before_end_seconds=120 with"),
         (["run_dir=r", "launch=slurm", "launch.extra_sbatch=--exclusive"], "without dashes in front"),
@@ -139,8 +140,10 @@ def test_shards_that_came_later_are_let_through_where_they_may_join(
     assert launch(more, "data.allow_growth=true", *words) == 2
     assert "seer: shards-000000.tar changed (" in capsys.readouterr().err
     run.write_result({"state": "finished", "steps": 1})
-    assert launch(more, *words) == 0
+    assert launch(shards, *words) == 0
     assert "is finished" in capsys.readouterr().out
+    assert launch(more, *words) == 2, "nothing would be started, and yet these are not its images"
+    assert "holds a run of another configuration (data.shards" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_command_and_writes_nothing(
@@ -207,7 +210,7 @@ def test_two_processes_train_here(programs: Programs, shards: str, capsys: pytes
     assert out.splitlines()[0].startswith("started  process ") and "(1 node x 2 CPU processes)" in out
     stop = f"stop     kill -TERM $(cat {run_dir}/launch/rank-0.pid)   (saves first; the same seer launch goes on)"
     assert stop in out.splitlines()
-    assert "step 1/1" in out and "finished: 1 steps" in out
+    assert "step 1/1" in out and "finished: 1 step in " in out
     assert json.loads((run_dir / "launch" / "status.json").read_text()) == {"exit_code": 0, "message": None}
     assert (run_dir / "launch" / "rank-1.log").exists()
     assert launch(shards, "run_dir=r", "launch.gpus_per_node=1", "seed=3") == 2
@@ -216,7 +219,7 @@ def test_two_processes_train_here(programs: Programs, shards: str, capsys: pytes
     before = {file: file.stat().st_mtime_ns for file in Path("r").rglob("*")}
     for words in (["launch=local", "--wait"], ["launch=slurm"], ["launch=slurm", "--dry-run"]):
         assert launch(shards, "run_dir=r", "launch.gpus_per_node=2", *words) == 0
-        said = f"{run_dir} is finished (1 steps); delete it or name another run_dir to train anew\n"
+        said = f"{run_dir} is finished (1 step); delete it or name another run_dir to train anew\n"
         assert capsys.readouterr() == (said, "")
     assert {file: file.stat().st_mtime_ns for file in Path("r").rglob("*")} == before
     assert programs.calls("sbatch") == []

@@ -10,6 +10,7 @@ import pytest
 from recorded_run import recorded_run
 
 from seer.cli.main import main
+from seer.errors import UserError
 from seer.observe.metrics import MetricsFile
 from seer.run_directory import lock_of
 
@@ -37,6 +38,18 @@ def test_table(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert here[:7] == ["here", "stopped", "600/1,200", "8.0", "3.46 (5.54)", "-", "-"]
     assert here[7].endswith(" ago")
+
+
+def test_the_error_of_a_run_that_failed_is_the_last_column(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False)
+    with pytest.raises(UserError), recorded_run(runs / "here", {"train": {"steps": 1200}}):
+        raise UserError("all images are bad", "they should be [good]", "mend them")
+    assert main(["runs", str(runs)]) == 0
+    header, here, _ = (re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines())
+    assert header[-1] == "error" and here[1] == "failed"
+    assert here[-1] == "all images are bad: they should be [good]; mend them"
 
 
 def test_json(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from seer.cli.main import main
 from seer.cli.saved_run import load_run, untrained_backbone
 from seer.config import freeze
 from seer.handoff.timm_format import load_exported
-from seer.run_directory import read_result, read_run
+from seer.run_directory import RunDirectory, read_result, read_run
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_what_is_no_run_is_refused(
 
 def test_scores_that_cannot_be_noted_are_told(run_dir: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", "knn", "--run", str(run_dir), "--train", shards, "--val", shards, "--max-val", "4"]
-    with recorded_run(run_dir, read_run(run_dir)):
+    with RunDirectory.open(run_dir, read_run(run_dir)):
         assert main([*words, "--baselines", "--json"]) == 0
     printed = capsys.readouterr()
     assert "knn_top1_pixels" in json.loads(printed.out)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from seer.cli.amounts import said
+from seer.amounts import said
 from seer.cli.shards import HELP, _bytes, run
 from seer.errors import UserError
 

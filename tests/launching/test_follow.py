@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -14,7 +15,7 @@ import pytest
 from recorded_run import recorded_run
 from slurm_stubs import Programs, configured
 
-from seer.errors import UserError
+from seer.errors import LostRank, UserError
 from seer.launching.folder import LaunchFolder
 from seer.launching.follow import RunView, runs_below
 from seer.observe.metrics import MetricsFile
@@ -265,3 +266,53 @@ def test_a_misspelt_folder_is_named(tmp_path: Path) -> None:
         runs_below(tmp_path / "file")
     with pytest.raises(UserError, match="does not exist"):
         runs_below(tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("all is bad", "it should be good", "mend it"), "all is bad: it should be good; mend it"),
+        (ValueError("a bug\nof two lines"), "ValueError: a bug of two lines"),
+    ],
+)
+def test_failed_names_the_error_that_ended_a_run_by_hand(tmp_path: Path, error: Exception, line: str) -> None:
+    with pytest.raises(type(error)), recorded_run(made(tmp_path / "a", 10), CONFIG):
+        raise error
+    assert (only(tmp_path).state, only(tmp_path).error) == ("failed", line)
+    with recorded_run(tmp_path / "a", CONFIG):
+        assert (only(tmp_path).state, only(tmp_path).error) == ("running", None)
+    assert only(tmp_path).state == "lost", "what an earlier life left says nothing of this one"
+
+
+def test_who_was_stopped_or_lost_the_run_to_another_leaves_no_error(tmp_path: Path) -> None:
+    for end in (SystemExit(75), LostRank("another process is gone")):
+        with pytest.raises(type(end)), recorded_run(made(tmp_path / "a", 10), CONFIG):
+            raise end
+        assert only(tmp_path).state == "lost"
+    with pytest.raises(UserError), recorded_run(tmp_path / "a", CONFIG) as run:
+        lock_of(tmp_path / "a").write_text("{}")
+        run.require_ownership()
+    assert not run.result.exists()
+
+
+def test_failing_before_the_first_step_binds_nobody(tmp_path: Path) -> None:
+    with pytest.raises(UserError), recorded_run(tmp_path / "a", {"seed": 0}):
+        raise UserError("a", "b", "c")
+    assert only(tmp_path).state == "failed"
+    recorded_run(tmp_path / "a", {"seed": 1}).close()
+
+
+def test_a_full_disk_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match="the first"), recorded_run(made(tmp_path / "a", 10), CONFIG):
+        monkeypatch.setattr("seer.run_directory.write_atomically", full)
+        raise UserError("the first", "b", "c")
+    assert only(tmp_path).state == "lost" and not lock_of(tmp_path / "a").exists()
+
+
+def test_failed_of_a_launch_names_what_it_said(tmp_path: Path) -> None:
+    launched(tmp_path / "a")
+    LaunchFolder(tmp_path / "a").status.write_text(json.dumps({"exit_code": 2, "message": "no such shards"}))
+    assert only(tmp_path).error == "no such shards"

@@ -10,7 +10,7 @@ from rich.console import Console
 from seer.observe.progress import Progress, duration
 
 
-def shown(*, terminal: bool, width: int = 200, loss: float | None = 3.2149) -> str:
+def shown(*, terminal: bool, width: int = 200, loss: float | None = 3.2149, bad_samples: int = 0) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=width, highlight=False, soft_wrap=not terminal)
     progress = Progress(2000, 4.1589, console)
@@ -22,6 +22,7 @@ def shown(*, terminal: bool, width: int = 200, loss: float | None = 3.2149) -> s
             data_wait_share=0.031,
             seconds_left=185.0,
             knn_top1=0.6123 if step == 20 else None,
+            bad_samples=bad_samples,
         )
     progress.close()
     return out.getvalue()
@@ -55,6 +56,11 @@ def test_narrow_terminal_gets_one_line_too():
 
 def test_loss_that_is_not_finite_is_said():
     assert "loss not finite" in shown(terminal=False, loss=None)
+
+
+def test_bad_images_are_counted_where_there_are_any():
+    assert shown(terminal=False, bad_samples=1047).splitlines()[0].endswith("waiting for data 3%  1,047 bad")
+    assert "bad" not in shown(terminal=False)
 
 
 @pytest.mark.parametrize(

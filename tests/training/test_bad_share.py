@@ -13,6 +13,7 @@ from tiny_run import make_images, tiny_config
 from seer import distributed
 from seer.data.stream import BadSample
 from seer.errors import ToldElsewhere, UserError
+from seer.launching.follow import runs_below
 from seer.shards.pack import pack
 from seer.training import bad_share, loop
 from seer.training.bad_share import BadShare
@@ -120,8 +121,11 @@ def test_a_run_keeps_its_checkpoint_and_goes_on_when_the_key_is_raised(
     # Of two images the first in their places would not do either: that is listed too.
     assert (lines[-1]["step"], lines[-1]["bad_samples"], len(listed)) == (4, 7, 9)
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000002"]
+    (seen,) = runs_below(run)
+    assert (seen.state, seen.error) == ("failed", str(caught.value))
 
     assert loop.run(tiny_config(run, spoilt, "data.max_bad_share=0.5")).exit_code == 0
+    assert runs_below(run)[0].state == "finished"
     whole = tmp_path / "whole"
     assert loop.run(tiny_config(whole, spoilt, "data.max_bad_share=1")).exit_code == 0
     for name, keys in (
