@@ -327,10 +327,9 @@ def image_limits(data: DataConfig) -> ImageLimits:
 
 def shards(config: TrainConfig) -> tuple[ShardList, list[SourceShare]]:
     """The configured shards as they are now, and the sources that are mixed (none where they are not)."""
-    index_dir = config.data.index_dir
-    return open_shards(
-        config.data.shards, config.data.mixture, Path(index_dir) if index_dir else None, reading(config.data)
-    )
+    data = config.data
+    index_dir = Path(data.index_dir) if data.index_dir else None
+    return open_shards(data.shards, data.mixture, index_dir, reading(data), growing=data.allow_growth)
 
 
 def order(config: TrainConfig, history: History) -> dict[str, Resolved]:

@@ -7,6 +7,7 @@ import os
 import stat
 from pathlib import Path
 
+from seer import remote
 from seer.errors import UserError
 
 LONGEST_LIST = 1 << 26  # bytes of a JSON that lists shards: some 400,000 of them
@@ -81,6 +82,19 @@ def write_unless_other(file: Path, data: bytes, overwrite: bool) -> None:
         write_atomically(file, data)
     except OSError as error:
         raise cannot_write(file, error) from None
+
+
+def refuse_address(place: str | Path) -> None:
+    """Refuses to write to an address: as a path it would quietly be a folder called `s3:`.
+
+    Raises:
+        UserError: it is an address, also one that has lost a slash by becoming a path.
+    """
+    scheme, colon, rest = os.fspath(place).partition(":/")
+    address = f"{scheme}://{rest.lstrip('/')}"
+    if colon and remote.is_remote(address):
+        remedy = "write to a folder here, then copy it into the bucket"
+        raise UserError(f"{address} is an address", "what seer makes is written to files", remedy)
 
 
 def cannot_write(place: Path, error: OSError) -> UserError:

@@ -116,11 +116,7 @@ def load_index(tar: str | Path, index_dir: Path | None = None, *, patience: floa
         tar_size = None if away else os.stat(tar).st_size
     except OSError as error:
         raise UserError(f"{tar} cannot be read ({error.strerror})", "a shard is a tar file", "check the path") from None
-    missing = UserError(
-        f"{tar} has no index ({file})",
-        "reading in random order needs one",
-        again + (" and give data.index_dir=DIR" if away and index_dir is None else ""),
-    )
+    missing = UserError(f"{tar} has no index ({file})", "reading in random order needs one", _remedy(tar, index_dir))
     try:
         index = _parsed(tar, _read(file, patience))
     except FileNotFoundError:
@@ -142,6 +138,24 @@ def load_index(tar: str | Path, index_dir: Path | None = None, *, patience: floa
             f"copy it again, or if the change was meant, {again}",
         )
     return index
+
+
+def _remedy(tar: str, index_dir: Path | None) -> str:
+    """How the tars of a folder get their indexes; http(s):// cannot be listed, so there a tar stands for itself."""
+    away = remote.is_remote(tar)
+    whole = tar
+    if not away and tar.endswith(".tar"):
+        whole = os.path.join(os.path.dirname(tar), "*.tar")
+    elif away and not tar.startswith("http"):
+        whole = remote.beside(tar, "*.tar")
+    run = f"run: seer shards index '{whole}'"
+    if index_dir is not None:
+        return f"{run} --index-dir '{index_dir}'"
+    if away:
+        return (
+            f"{run} --index-dir 'DIR' and name DIR here too (seer train: data.index_dir=DIR, others: --index-dir DIR)"
+        )
+    return run
 
 
 def _read(file: str, patience: float) -> bytes:

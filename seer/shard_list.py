@@ -89,14 +89,22 @@ class ShardList:
 
     @classmethod
     def open(
-        cls, patterns: Sequence[str] | str, index_dir: Path | None = None, reading: remote.Reading = remote.BY_DEFAULT
+        cls,
+        patterns: Sequence[str] | str,
+        index_dir: Path | None = None,
+        reading: remote.Reading = remote.BY_DEFAULT,
+        *,
+        growing: bool = False,
     ) -> Self:
         """All shards that the patterns mean, in an order that does not depend on folders.
+
+        Args:
+            growing: as for `expand_shards`.
 
         Raises:
             UserError: from `expand_shards` or `load_index`, or no image in any shard.
         """
-        tars = expand_shards([patterns] if isinstance(patterns, str) else patterns)
+        tars = expand_shards([patterns] if isinstance(patterns, str) else patterns, growing=growing)
         shards = sorted(_listed(tars, index_dir, reading.patience), key=lambda shard: (shard.name, shard.digest))
         found = cls(shards, index_dir, reading)
         if found.samples == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,6 +15,7 @@ from seer.files import LONGEST_LIST, read_at_most, write_atomically
 from seer.shard_index import DIGEST, ShardIndex
 
 NAME = "manifest.json"
+UNFINISHED = ".packing.json"  # the options of a pack that has not ended, in its folder
 FORMAT = "seer-shards-1"
 _TOO_MANY = 1 << 40  # samples of one tar: a slip of whoever edited the list
 
@@ -47,6 +48,27 @@ def write(folder: Path, shards: Sequence[Entry], **more: Any) -> None:
 def folder_of(location: str) -> str:
     """The folder of a tar, path or address, as `read` takes it."""
     return remote.beside(location, "") if remote.is_remote(location) else os.path.dirname(location)
+
+
+def unfinished(tars: Iterable[str | Path]) -> list[str]:
+    """The folders here, of those of the tars, whose pack has not ended: nobody can tell how many shards are missing."""
+    folders = {folder_of(os.fspath(tar)) for tar in tars if not remote.is_remote(os.fspath(tar))}
+    return sorted(folder for folder in folders if os.path.exists(os.path.join(folder, UNFINISHED)))
+
+
+def refuse_unfinished(tars: Iterable[str | Path]) -> None:
+    """Refuses tars of a folder whose pack has not ended.
+
+    Raises:
+        UserError: it names the folder.
+    """
+    for folder in unfinished(tars):
+        raise UserError(
+            f"{folder} holds a pack that has not ended",
+            "shards are read when all of them are there",
+            "give the same seer shards pack command again, which goes on where it was "
+            f"(to use just these shards, remove {UNFINISHED} there)",
+        )
 
 
 def read(folder: str | Path) -> dict[str, Any] | None:

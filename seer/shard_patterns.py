@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 
-from seer import remote
+from seer import remote, shard_manifest
 from seer.errors import UserError
+from seer.rank_environment import first_of_machine
 from seer.wids_json import is_list, read_list
 
 _MAX_NAMES = 1_000_000  # a typing error such as {0..999999999} must not eat the memory
@@ -114,7 +117,13 @@ def _addresses(pattern: str) -> list[str]:
     return found
 
 
-def expand_shards(patterns: Sequence[str]) -> list[str]:
+@functools.cache  # once a process
+def _tell(folders: str) -> None:
+    if first_of_machine():
+        print(f"seer: {folders}: a pack that has not ended; its shards can join later", file=sys.stderr, flush=True)
+
+
+def expand_shards(patterns: Sequence[str], *, growing: bool = False) -> list[str]:
     """The tars that some patterns mean, as absolute paths or addresses without repetition, sorted by file name, then by
     path.
 
@@ -123,12 +132,23 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
     file that ends in .json lists tars (`seer.wids_json`).
     Addresses are patterns too; * of http(s):// cannot be listed.
 
+    Args:
+        growing: shards of a pack that has not ended are left out, which is told, unless there are no others.
+
     Raises:
-        UserError: a pattern that matches nothing, a folder, a scheme that is not read, a bucket that cannot be listed.
+        UserError: a pattern that matches nothing, a folder, a scheme that is not read, a bucket that cannot be listed,
+            shards of a pack that has not ended.
     """
     matches = [match for pattern in patterns for match in _matches(str(pattern))]
     found = {match if remote.is_remote(match) else os.path.abspath(match) for match in matches}
     if not found:
         raise UserError("no shards are named", "at least one pattern is needed", "write for example 'SHARDS/*.tar'")
+    if growing:
+        to_come = set(shard_manifest.unfinished(found))
+        ready = {location for location in found if shard_manifest.folder_of(location) not in to_come}
+        if ready and to_come:
+            _tell(", ".join(sorted(to_come)))
+            found = ready
+    shard_manifest.refuse_unfinished(found)
     # By file name first, so that moving a folder does not change the order.
     return sorted(found, key=lambda path: (remote.file_name(path), path))

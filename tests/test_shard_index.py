@@ -40,7 +40,7 @@ def test_an_index_may_lie_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     shard(tmp_path / "a.tar", 4, index_dir=tmp_path / "elsewhere")
     assert len(load_index(tmp_path / "a.tar", tmp_path / "elsewhere")) == 4
-    with pytest.raises(UserError, match=r"has no index .*run: seer shards index '.*a.tar'$"):
+    with pytest.raises(UserError, match=r"has no index .*run: seer shards index '.*/\*\.tar'$"):
         load_index(tmp_path / "a.tar")
     with pytest.raises(UserError, match="--index-dir"):
         load_index(tmp_path / "a.tar", tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from seer.cli.arguments import Arguments, path
 from seer.errors import UserError
+from seer.files import refuse_address
 
 HELP = """\
 Examples:
@@ -21,6 +22,7 @@ def run(argv: list[str]) -> int:
     arguments.add_argument("--format", choices=["timm"], default="timm", help="whose names the weights have")
     arguments.add_argument("--out", required=True, type=path, metavar="FILE", help="the file, *.safetensors")
     given = arguments.parse(argv)
+    refuse_address(given.out)
     if given.out.suffix != ".safetensors":
         example = given.out / "regnety.safetensors" if given.out.is_dir() else f"{given.out}.safetensors"
         raise UserError(

@@ -78,7 +78,7 @@ def _check(config: TrainConfig, *, take_over: bool) -> None:
     from seer.shard_list import ShardList
 
     index_dir = Path(config.data.index_dir) if config.data.index_dir else None
-    shards, sources = open_shards(config.data.shards, config.data.mixture, index_dir)
+    shards, sources = open_shards(config.data.shards, config.data.mixture, index_dir, growing=config.data.allow_growth)
     order_of(shards.counts, sources, seed=config.seed, global_batch_size=config.train.global_batch_size)
     for patterns in (config.evaluation.train, config.evaluation.val):
         if config.evaluation.every_steps:

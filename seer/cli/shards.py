@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from seer.amounts import many, said
 from seer.cli.arguments import Arguments, path, png, positive
 from seer.errors import UserError, closest, printable, shown
+from seer.files import refuse_address
 from seer.shards.processes import Progress, cores
 
 HELP = """\
@@ -52,8 +54,9 @@ Examples:
   seer shards index THEIRS/set.json                              # the tars that a list of wids names, compared with it
   seer shards index 'THEIRS/*.tar' --from-dali                   # only the samples that DALI's NAME.idx lists
 
-Writes NAME.tar.seer.npz for each tar: where the image of each sample lies, and its class if it has a .cls member. Tars
-with a valid index are passed over; --from-dali makes all anew (to take all samples again, delete an index of it).
+Writes NAME.tar.seer.npz for each tar: where the image of each sample lies, and its class if it has a .cls member. A
+manifest.json beside them lists the tars of a folder (one that somebody else wrote stays as it is). Tars with a valid
+index are passed over; --from-dali makes all anew (to take all samples again, delete an index of it).
 """
 
 _EXPORT = """\
@@ -81,6 +84,7 @@ Examples:
   seer shards stats 'SHARDS/*.tar' --sheet sheet.png            # with a picture of 60 random images
   seer shards stats 'SHARDS/*.tar' --sheet more.png --seed 1    # of 60 others
   seer shards stats 'SHARDS/*.tar' --max all --json             # decodes every image; one JSON object
+  seer shards stats 'SHARDS/*.tar' --max all --bad bad.jsonl    # and lists each that cannot be used
 
 Says what is in the shards: counts and labels of all images, from the indexes; sizes, formats and what cannot be
 decoded, from a sample of 2,000 images evenly spread over all. It changes nothing.
@@ -262,6 +266,9 @@ def _export(argv: Sequence[str]) -> int:
     if chosen.wids is not None and chosen.wids.suffix != ".json":
         raise UserError(f"--wids {chosen.wids}", "a list of wids is named FILE.json", f"write {chosen.wids}.json")
 
+    if chosen.wids is not None:
+        refuse_address(chosen.wids)
+
     from seer.shards import dali, wids
     from seer.shards.index import make_folder
     from seer.wids_json import below
@@ -321,17 +328,25 @@ def _stats(argv: Sequence[str]) -> int:
     arguments.add_argument("--index-dir", type=path, help="where the indexes are (default: beside the tars)")
     arguments.add_argument("--max", metavar="N", type=_sample, default=2000, help="images to decode, or all (2000)")
     arguments.add_argument("--sheet", metavar="PNG", type=png, help="also draw random images into this file")
+    listed = "also list the images found that cannot be used, one JSON object a line: shard, key, path, reason"
+    arguments.add_argument("--bad", metavar="FILE", type=path, help=listed)
     arguments.add_argument("--seed", type=int, default=0, help="another seed, other images on the sheet (0)")
     arguments.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = arguments.parse(argv)
+    for file in filter(None, (chosen.sheet, chosen.bad)):
+        refuse_address(file)
 
-    from seer.cli.shards_stats import described
+    from seer.cli.shards_stats import described, examples, write_lines
     from seer.data.decode import open_image
+    from seer.shards.bad_images import named
     from seer.shards.stats import Shards, stats
 
     shards = Shards(chosen.patterns, chosen.index_dir)
     with _progress("reading") as progress:
         found = stats(shards, open_image, max_images=chosen.max, workers=chosen.workers, progress=progress)
+    few = named(examples(found.bad_images), chosen.workers)
+    if chosen.bad:
+        write_lines(chosen.bad, named(found.bad_images, chosen.workers))
     summary = f"{many(found.images, 'image')} in {many(found.shards, 'shard')}, {said(found.tar_bytes)}"
     if chosen.sheet:
         from seer.pictures import save_png
@@ -342,11 +357,13 @@ def _stats(argv: Sequence[str]) -> int:
         below = f"{' '.join(chosen.patterns)}  seed {chosen.seed}"
         save_png(contact_sheet(picked, open_image, title, below), chosen.sheet)
     if chosen.json:
-        print(json.dumps(found.as_json()))
+        print(json.dumps(found.as_json() | {"bad_examples": [image._asdict() for image in few]}))
         return 0
-    print("\n".join([summary, *described(found)]))
+    print("\n".join([summary, *described(found, few)]))
     if chosen.sheet:
         print(f"{chosen.sheet}: {many(len(picked), 'random image')}")
+    if chosen.bad:
+        print(f"{chosen.bad}: {many(len(found.bad_images), 'bad image')}")
     return 0
 
 
@@ -370,4 +387,9 @@ def run(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] not in _VERBS:
         raise UserError(f"seer shards {argv[0]}", "there is no such verb", closest(argv[0], _VERBS))
-    return _VERBS[argv[0]](argv[1:])
+    # As Ctrl-C: what is half-written goes, and one line is said.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _VERBS[argv[0]](argv[1:])
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from seer.amounts import many, said, share
 from seer.errors import printable
+from seer.files import cannot_write, write_atomically
+from seer.remote import file_name
 from seer.shard_manifest import class_name
+from seer.shards.bad_images import BadImage, Named
 from seer.shards.stats import QUANTILES, Stats
 
+_EXAMPLES = 3  # of each reason
 _CLASSES = 20  # of more, the largest and the smallest are shown
 
 
-def described(found: Stats) -> Iterator[str]:
-    """The lines that are printed, without colour."""
+def examples(images: Sequence[BadImage]) -> list[BadImage]:
+    """A few bad images of each reason."""
+    reasons = sorted({image.reason for image in images})
+    return [image for word in reasons for image in [other for other in images if other.reason == word][:_EXAMPLES]]
+
+
+def write_lines(file: Path, images: Sequence[Named]) -> None:
+    """Writes one JSON object a line for each image, atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        write_atomically(file, "".join(json.dumps(image._asdict()) + "\n" for image in images).encode("ascii"))
+    except OSError as error:
+        raise cannot_write(file, error) from None
+
+
+def described(found: Stats, bad: Sequence[Named]) -> Iterator[str]:
+    """Lines about what was found; `bad`: the examples by name."""
     every = "all images" if found.sampled == found.images else f"{many(found.sampled, 'image')}, evenly spread"
     yield f"decoded: {every}"
     yield "formats: " + ", ".join(f"{word} {share(count, found.sampled)}" for word, count in found.formats.items())
     told = ", ".join(f"{reason} {share(count, found.sampled)}" for reason, count in found.bad.items())
     yield f"cannot be used: {told or 'none'}"
+    for image in bad:
+        words = (f"{image.reason}:", file_name(image.shard), image.key, image.path and f"({image.path})")
+        yield printable("  " + " ".join(word for word in words if word))
     quantiles = found.quantiles()
     if quantiles:
         yield (

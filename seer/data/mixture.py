@@ -172,7 +172,12 @@ def order_of(
 
 
 def open_shards(
-    patterns: Sequence[str], mixture: Sequence[str], index_dir: Path | None = None, reading: Reading = BY_DEFAULT
+    patterns: Sequence[str],
+    mixture: Sequence[str],
+    index_dir: Path | None = None,
+    reading: Reading = BY_DEFAULT,
+    *,
+    growing: bool = False,
 ) -> tuple[ShardList, list[SourceShare]]:
     """The shards to train on, one source after the other, and the sources (none where `mixture` names none).
 
@@ -181,13 +186,14 @@ def open_shards(
         mixture: or several sources instead (`data.mixture`).
         index_dir: folder of the indexes; None: beside the tars.
         reading: how remote shards are read.
+        growing: shards of packs that have not ended may be left out (`data.allow_growth`).
 
     Raises:
         UserError: as `ShardList.open` and `read_sources`.
     """
     sources = read_sources(mixture)
     if not sources:
-        return ShardList.open(patterns, index_dir, reading), []
-    lists = [ShardList.open(source.pattern, index_dir, reading) for source in sources]
+        return ShardList.open(patterns, index_dir, reading, growing=growing), []
+    lists = [ShardList.open(source.pattern, index_dir, reading, growing=growing) for source in sources]
     shares = [SourceShare(source.name, source.weight, len(one)) for source, one in zip(sources, lists, strict=True)]
     return ShardList.joined(lists), shares

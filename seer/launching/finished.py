@@ -29,7 +29,13 @@ def finished_result(config: TrainConfig) -> dict[str, Any] | None:
     agree_with_run(config.run_dir, freeze(config), data=before)  # all that does not need the data
     index_dir = Path(config.data.index_dir) if config.data.index_dir else None
     try:
-        shards, sources = open_shards(config.data.shards, config.data.mixture, index_dir, reading(config.data))
+        shards, sources = open_shards(
+            config.data.shards,
+            config.data.mixture,
+            index_dir,
+            reading(config.data),
+            growing=config.data.allow_growth,
+        )
     except UserError as unlisted:
         try:
             agree_with_run(config.run_dir, freeze(config))

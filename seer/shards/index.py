@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from seer import remote, shard_manifest
 from seer.errors import UserError
+from seer.files import refuse_address
 from seer.shard_index import ShardIndex, index_path, load_index, save_index
 from seer.shard_patterns import expand_shards
 from seer.shards.processes import Progress, each, silent
@@ -77,7 +78,7 @@ def tar_digest(tar: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _samples(tar: Path) -> Iterator[list[tuple[str, Member]]]:
+def samples_of(tar: Path) -> Iterator[list[tuple[str, Member]]]:
     """Samples as WebDataset groups them: neighbours with one key; each as (suffix in lower case, member)."""
 
     def keyed() -> Iterator[tuple[str, str, Member]]:
@@ -109,7 +110,7 @@ def index_tar(tar: Path) -> tuple[ShardIndex, Oddities]:
     odd = [0, 0, 0]
     file = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for sample in _samples(tar):
+        for sample in samples_of(tar):
             images = [(suffix, member) for suffix, member in sample if suffix.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS]
             if not images:
                 odd[0] += 1
@@ -274,7 +275,12 @@ def _refuse_equal_names(tars: Sequence[str]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder for indexes, if it is not there."""
+    """Makes a folder for indexes, if it is not there.
+
+    Raises:
+        UserError: an address, or it cannot be made.
+    """
+    refuse_address(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

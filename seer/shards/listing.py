@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from seer import shard_manifest
 from seer.errors import UserError
 from seer.shard_patterns import expand_shards
 from seer.shards.archives import in_tar, in_zip
@@ -236,6 +237,7 @@ def _all_finds(inputs: list[Path], skip: Path, workers: int) -> list[tuple[Sourc
             found[file] = (Source("folder", str(file.parent)), in_list(file))
         else:
             raise UserError(f"{file} is a file", _RULE, "name one of these")
+    shard_manifest.refuse_unfinished(tars)
     for tar, finds in each(in_tar, list(dict.fromkeys(tars)), workers):
         found[tar] = (Source("tar", str(tar)), finds)
     return [found[file] for file in sorted(found)]

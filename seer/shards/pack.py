@@ -12,13 +12,12 @@ costs every worker two to three seconds and 200 MB.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,11 +37,11 @@ from seer.shards.formats import LONGEST_START, OpenImage, extension_of
 from seer.shards.index import IMAGE_EXTENSIONS
 from seer.shards.inputs import read
 from seer.shards.listing import Listing, list_images
+from seer.shards.pack_folder import LOCK, cannot_pack, held
 from seer.shards.processes import Progress, cores, each, silent
 from seer.shards.tar_writing import TarWriter
 
 Labels = Literal["own", "none", "folders"]
-_UNFINISHED = ".packing.json"
 _LEFT = ".packing.npy"  # places of the images that curation leaves, once that is known
 _BLOCK = 512
 
@@ -118,36 +117,36 @@ def pack(
         progress: called with bytes done and bytes in all, for each of the passes.
 
     Raises:
-        UserError: no images, unreadable input, unwritable or foreign `out`, images outside class folders.
+        UserError: no images, unreadable input, unwritable or foreign `out` or one that another process packs into,
+            images outside class folders.
     """
     workers, wishes = workers or cores(), curate or Curation()
-    listing = list_images([inputs] if isinstance(inputs, Path) else inputs, out, workers)
-    names, numbers = _labels(listing, labels, classes)
-    options = {
-        "name": re.sub(r"[^A-Za-z0-9_-]+", "-", Path(os.path.abspath(out)).name).strip("-") or "shard",
-        "labels": labels if labels == "folders" or (numbers >= 0).any() else "none",
-        "classes": names,
-        "shard_bytes": None if samples_per_shard else shard_bytes,
-        "samples_per_shard": samples_per_shard,
-        "seed": seed,
-        **wishes.options(),
-        "input": listing.digest,
-    }
-    try:
-        with _alone_in(out):
-            found = _former(out, options, overwrite)
+    with held(out):
+        listing = list_images([inputs] if isinstance(inputs, Path) else inputs, out, workers)
+        names, numbers = _labels(listing, labels, classes)
+        options = {
+            "name": re.sub(r"[^A-Za-z0-9_-]+", "-", Path(os.path.abspath(out)).name).strip("-") or "shard",
+            "labels": labels if labels == "folders" or (numbers >= 0).any() else "none",
+            "classes": names,
+            "shard_bytes": None if samples_per_shard else shard_bytes,
+            "samples_per_shard": samples_per_shard,
+            "seed": seed,
+            **wishes.options(),
+            "input": listing.digest,
+        }
+        found = _former(out, options, overwrite)
+        try:
             if found is not None:
                 entries, dropped = found, curation.read_report(out) if wishes.drops else {}
             else:
-                _begin(out, options)
+                write_atomically(out / shard_manifest.UNFINISHED, (json.dumps(options) + "\n").encode())
                 left, dropped = _left(listing, out, wishes, workers, progress)
                 plan = _plan(
                     listing, left, f"{out}/{options['name']}", numbers, shard_bytes, samples_per_shard, seed, wishes
                 )
                 entries = _write_all(plan, out, options, workers, progress)
-    except OSError as error:
-        remedy = "free space or name another folder; the same command then goes on where it was"
-        raise UserError(f"{out} cannot be written ({error.strerror})", "the shards need a folder", remedy) from None
+        except OSError as error:
+            raise cannot_pack(out, error) from None
     samples, size = (sum(shard[word] for shard in entries) for word in ("samples", "bytes"))
     labelled = sum(int((load_index(out / shard["name"]).labels >= 0).sum()) for shard in entries)
     shards = len(entries)
@@ -191,28 +190,6 @@ def _folders(listing: Listing) -> list[str]:
         remedy = "move it into one, or pack without --labels folders"
         raise UserError(f"{loose} lies in no class folder", rule, remedy)
     return [path.split("/", 1)[0] for path in below]
-
-
-@contextlib.contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Keeps other packs out of a folder: each would take the other's tars for its own. The lock dies with it."""
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # Some network file systems lock no folders: there nobody is kept out.
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                rule = "a pack has its folder for itself"
-                raise UserError(f"another pack is writing {out}", rule, "wait for it, or name another folder") from None
-        yield
-    finally:
-        os.close(folder)
-
-
-def _begin(out: Path, options: dict[str, Any]) -> None:
-    write_atomically(out / _UNFINISHED, (json.dumps(options) + "\n").encode())
 
 
 def _left(
@@ -286,9 +263,7 @@ def _former(out: Path, options: dict[str, Any], overwrite: bool) -> list[shard_m
     if unfinished == options:
         return None
     try:
-        names = os.listdir(out)
-    except FileNotFoundError:
-        return None
+        names = [name for name in os.listdir(out) if name != LOCK]
     except OSError as error:
         raise UserError(
             f"{out} cannot be read ({error.strerror})", "the shards need a folder", "name another"
@@ -301,7 +276,7 @@ def _former(out: Path, options: dict[str, Any], overwrite: bool) -> list[shard_m
         what = f"{out} holds a damaged pack" if same else f"{out} holds a pack of other images or options"
         raise UserError(what, "it is not replaced unasked", "name another folder, or add --overwrite")
     # The lists go last: a folder whose clearing was interrupted is still known as ours.
-    lists = (shard_manifest.NAME, _UNFINISHED)
+    lists = (shard_manifest.NAME, shard_manifest.UNFINISHED)
     for name in sorted(names, key=lambda name: name in lists):
         tar = rf"\.?{re.escape(str(former and former['name']))}-\d{{6}}\.tar.*"
         if name in (*lists, _LEFT, curation.REPORT) or re.fullmatch(tar, name):
@@ -317,7 +292,7 @@ def _agrees(done: dict[str, Any] | None, options: dict[str, Any]) -> bool:
 
 def _unfinished_options(out: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(read_at_most(out / _UNFINISHED, LONGEST_LIST))
+        found = json.loads(read_at_most(out / shard_manifest.UNFINISHED, LONGEST_LIST))
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("name"), str) else None
@@ -335,14 +310,17 @@ def _write_all(
 ) -> list[shard_manifest.Entry]:
     done, total = 0, sum(int(shard.images.sizes.sum()) for shard in plan)
     entries = []
-    for shard, entry in each(_write_shard, plan, workers):
-        entries.append(entry)
-        done += int(shard.images.sizes.sum())
-        progress(done, total)
-    for left in out.glob(".*.part"):
-        left.unlink(missing_ok=True)  # from a process that was killed
+    try:
+        with closing(each(_write_shard, plan, workers)) as written:
+            for shard, entry in written:
+                entries.append(entry)
+                done += int(shard.images.sizes.sum())
+                progress(done, total)
+    finally:
+        for left in out.glob(".*.part"):
+            left.unlink(missing_ok=True)  # from a process that was killed
     shard_manifest.write(out, entries, **options)
-    (out / _UNFINISHED).unlink()
+    (out / shard_manifest.UNFINISHED).unlink()
     (out / _LEFT).unlink(missing_ok=True)
     return entries
 

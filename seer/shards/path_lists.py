@@ -99,4 +99,9 @@ def _require_path(file: Path, columns: list[str]) -> None:
     if "path" not in columns:
         told = ", ".join(columns) or "none"
         rule = f"a list of images has a column path (its columns: {told})"
-        raise UserError(f"{file} has no column path", rule, closest("path", columns))
+        if {"url", "key", "status"} <= set(columns) or any(file.absolute().parent.glob("*.tar")):
+            remedy = f"this is img2dataset's list: pack its folder, {file.parent}"
+        else:
+            near = closest("path", columns)
+            remedy = near if near.startswith("did you mean") else "name the column of the files path"
+        raise UserError(f"{file} has no column path", rule, remedy)

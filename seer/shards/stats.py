@@ -18,6 +18,7 @@ from seer.keyed_random import uniforms
 from seer.shard_index import ShardIndex, load_index
 from seer.shard_manifest import class_name
 from seer.shard_patterns import expand_shards
+from seer.shards.bad_images import BadImage
 from seer.shards.formats import LONGEST_START, OpenImage, extension_of
 from seer.shards.processes import Progress, each, silent
 
@@ -39,6 +40,7 @@ class Stats:
         sampled: images that were read, evenly spread over all.
         formats: extension -> images of the sample ("other": no known format).
         bad: reason -> images of the sample that cannot be used.
+        bad_images: each of them, in the order of the shards.
         widths, heights, bytes: (n,) int64, of the images of the sample that are not bad; pixels as they stand upright.
     """
 
@@ -52,6 +54,7 @@ class Stats:
     sampled: int
     formats: dict[str, int]
     bad: dict[str, int]
+    bad_images: list[BadImage]
     widths: NDArray[np.int64]
     heights: NDArray[np.int64]
     bytes: NDArray[np.int64]
@@ -254,10 +257,13 @@ def stats(
     ]
     done, total = 0, sum(sum(job.sizes) for job in jobs)
     rows: list[_Row] = []
+    bad: list[BadImage] = []
     for job, found in each(_examine, jobs, workers):
         rows += found
+        bad += [BadImage(job.tar, at, row[1]) for at, row in zip(job.offsets, found, strict=True) if row[1]]
         done += sum(job.sizes)
         progress(done, total)
+    order = {tar: number for number, tar in enumerate(shards.tars)}
     good = np.array(sorted(row[2:] for row in rows if not row[1]), np.int64).reshape(-1, 3)
     return Stats(
         len(shards.tars),
@@ -270,6 +276,7 @@ def stats(
         count,
         _counted(row[0] for row in rows),
         _counted(row[1] for row in rows if row[1]),
+        sorted(bad, key=lambda image: (order[image.tar], image.offset)),
         good[:, 0],
         good[:, 1],
         good[:, 2],

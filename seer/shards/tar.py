@@ -177,6 +177,8 @@ def _end_of_sparse_map(file: int, header: bytes, data: int) -> int:
 def _walk(file: int, file_size: int) -> Iterator[Member | int]:
     """Members, and before each header its offset, so that the caller can say where an error arose."""
     offset, extended = 0, _Extended()
+    if file_size == 0:
+        raise _Impossible("the file is empty")
     while True:
         yield offset
         header = _read(file, BLOCK, offset, "without the zero block that closes a tar")

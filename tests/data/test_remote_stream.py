@@ -219,7 +219,9 @@ def test_indexes_of_a_bucket_in_a_local_folder(
     seen = stats(Shards([tars], indexes), open_image, max_images=30)
     assert (seen.images, seen.sampled, seen.bad) == (120, 30, {})
     assert same(take(stream(ShardList.open(tars, indexes, reading(tmp_path)))), local)
-    with pytest.raises(UserError, match=r"has no index .* --index-dir 'DIR' and give data\.index_dir=DIR"):
+    with pytest.raises(
+        UserError, match=r"has no index .* --index-dir 'DIR' and name DIR .*data\.index_dir=DIR, .*--index-dir DIR"
+    ):
         ShardList.open(tars)
     with pytest.raises(UserError, match=r"no shard matches gs://bare/none/\*\.tar"):
         ShardList.open("gs://bare/none/*.tar")
@@ -278,7 +280,9 @@ def test_indexes_in_a_local_folder(
         shutil.copy(packed / name, bare)
     with web_server(bare) as server:
         tars = pattern(packed, server.url)
-        with pytest.raises(UserError, match=r"has no index .* --index-dir 'DIR' and give data\.index_dir=DIR"):
+        with pytest.raises(
+            UserError, match=r"has no index .* --index-dir 'DIR' and name DIR .*data\.index_dir=DIR, .*--index-dir DIR"
+        ):
             ShardList.open(tars)
         with pytest.raises(UserError, match=r"/no\.tar does not exist"):
             ShardList.open(f"{server.url}/no.tar")

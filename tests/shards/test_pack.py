@@ -378,7 +378,7 @@ def test_two_packs_in_one_folder(photos: Path, tmp_path: Path) -> None:
     def second(done: int, total: int) -> None:
         for overwrite in (False, True):
             with pytest.raises(
-                UserError, match=r"another pack is writing .*: a pack has its folder for itself"
+                UserError, match=r"is being written by another pack .*: one pack at a time writes"
             ) as told:
                 pack(photos / "dog", out, workers=1, seed=1, overwrite=overwrite)
             seen.append(str(told.value))

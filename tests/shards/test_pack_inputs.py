@@ -91,6 +91,28 @@ def test_a_list_without_paths_is_told(tmp_path: Path, text: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_columns_of_a_list_are_told_once(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("file,label\na.jpg,1\n")
+    with pytest.raises(UserError, match=r"its columns: file, label\); name the column of the files path$"):
+        pack(tmp_path / "list.csv", tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize(("columns", "tars"), [("url,key,status,width", ()), ("url,caption", ("00000.tar",))])
+def test_a_list_of_img2dataset_is_known(tmp_path: Path, columns: str, tars: tuple[str, ...]) -> None:
+    (tmp_path / "laion").mkdir()
+    for name in ("list.csv", *tars):
+        (tmp_path / "laion" / name).write_text(f"{columns}\n")
+    with pytest.raises(UserError, match=f"; this is img2dataset's list: pack its folder, {tmp_path}/laion$") as caught:
+        pack(tmp_path / "laion" / "list.csv", tmp_path / "out", workers=1)
+    assert str(caught.value).count(columns.replace(",", ", ")) == 1
+
+
+def test_an_empty_tar_is_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.tar is damaged at byte 0: the file is empty; "):
+        pack(tmp_path / "a.tar", tmp_path / "out", workers=1)
+
+
 def test_lists_of_spreadsheets(tmp_path: Path) -> None:
     folder(tmp_path, {"a b,c.jpg": JPEG})
     (tmp_path / "list.csv").write_bytes('\ufeffpath,label\r\n"a b,c.jpg", ünï \r\n'.encode())

@@ -1,5 +1,6 @@
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from seer.shards.pack import pack
 from seer.shards.sheet import contact_sheet
 from seer.shards.stats import Picked, Shards, stats
 
+CLASSES = ("ant", "bee", "cow")
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
 
@@ -34,7 +36,7 @@ def contents(path: Path) -> list[bytes]:
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """Three classes of 10, 20 and 30 images, class c with widths 10 c + 10; in each, one page and one that was cut."""
-    for number, name in enumerate(("ant", "bee", "cow")):
+    for number, name in enumerate(CLASSES):
         folder = tmp_path / "photos" / name
         folder.mkdir(parents=True)
         for image in range(10 * (number + 1)):
@@ -138,6 +140,41 @@ def test_the_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         run([*words[:-1], "/proc/nothing/sheet.png"])
     with pytest.raises(UserError, match="no positive whole number"):
         run([*words, "--max", "some"])
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_bad_images_are_named(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    bad = tmp_path / "bad.jsonl"
+    assert run(["stats", f"{shards}/*.tar", "--max", "all", "--bad", str(bad), "--workers", workers]) == 0
+    found = [json.loads(line) for line in bad.read_text().splitlines()]
+    wrong = {
+        f"{name}/{number}.jpg": "not_an_image" if number == 0 else "truncated" for name in CLASSES for number in (0, 2)
+    }
+    assert {image["path"]: image["reason"] for image in found} == wrong and len(found) == 6
+    for image in found:
+        with tarfile.open(image["shard"]) as archive:
+            note = archive.extractfile(f"{image['key']}.json")
+            assert note is not None and json.loads(note.read())["path"] == image["path"]
+    printed = capsys.readouterr().out
+    for image in found:
+        assert f"  {image['reason']}: {Path(image['shard']).name} {image['key']} ({image['path']})\n" in printed
+    assert printed.endswith(f"{bad}: 6 bad images\n")
+    with pytest.raises(UserError, match="nowhere/bad cannot be written"):
+        run(["stats", f"{shards}/*.tar", "--workers", "1", "--bad", str(tmp_path / "nowhere" / "bad")])
+
+
+def test_a_few_bad_images_of_each_reason_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In tars of others, without notes."""
+    tar(
+        tmp_path / "a.tar", {f"x/{number:02d}.v1.jpg": b"<html>" for number in range(9)} | {"y.jpg": encoded(8, 8)[:-9]}
+    )
+    index([f"{tmp_path}/a.tar"])
+    run(["stats", f"{tmp_path}/a.tar", "--json"])
+    shard = str(tmp_path / "a.tar")
+    told = [("x/00", "not_an_image"), ("x/01", "not_an_image"), ("x/02", "not_an_image"), ("y", "truncated")]
+    assert json.loads(capsys.readouterr().out)["bad_examples"] == [
+        {"shard": shard, "key": key, "path": None, "reason": reason} for key, reason in told
+    ]
 
 
 def test_many_classes_are_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
