@@ -68,7 +68,7 @@ class Reading(NamedTuple):
     def cache_folder(self) -> Path:
         """The folder."""
         if self.cache_dir is not None:
-            return Path(self.cache_dir)
+            return Path(self.cache_dir).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "seer" / "shards"
 
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from seer import frozen_config
-from seer.errors import LostRank, UserError, shown
+from seer.errors import LostRank, UserError, printable, shown
 from seer.files import cannot_write, write_atomically
 from seer.run_agreement import agree_or_raise
 from seer.run_lock import RunLock, in_use
@@ -183,7 +183,7 @@ class RunDirectory:
         # A full disk may be what ended it.
         with contextlib.suppress(OSError, UserError):
             if self._lock.still_held():
-                self.write_result({"state": "failed", "error": " ".join(words.split())[:_MOST_WORDS]})
+                self.write_result({"state": "failed", "error": printable(" ".join(words.split()))[:_MOST_WORDS]})
 
 
 def read_run(run_dir: str | Path) -> dict[str, Any]:
