@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from seer.cli.arguments import Arguments, path, png, positive, positive_number
 from seer.errors import UserError, closest
+from seer.files import refuse_address
 
 if TYPE_CHECKING:  # imports torch: only what runs may
     from seer.cli.saved_run import SavedRun
@@ -45,6 +46,8 @@ def run(argv: list[str]) -> int:
     if argv[0] != "knn":
         raise UserError(f"seer evaluate {argv[0]}", "there is no such evaluation", closest(argv[0], ["knn"]))
     given = _arguments().parse(argv[1:])
+    if given.picture is not None:
+        refuse_address(given.picture)
     # torch is imported from here on, so that help and misspelt options answer at once.
     from seer.cli.saved_run import load_run
     from seer.derived import reading

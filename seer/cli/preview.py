@@ -12,6 +12,7 @@ from seer.cli.arguments import Arguments, path, png, positive, whole
 from seer.compose import compose, thaw
 from seer.config import TrainConfig
 from seer.errors import UserError
+from seer.files import refuse_address
 from seer.run_directory import agree_with_run, checkpoints_of, read_run, read_shards, recorded_data, shards_of
 from seer.validation import validate
 
@@ -44,6 +45,7 @@ def run(argv: list[str]) -> int:
     add("--images", type=positive, default=8, metavar="N", help=f"rows, at most {_MOST_IMAGES} (8)")
     add("--run", type=path, metavar="RUN", help="a run's folder, in place of KEY=VALUE")
     given, words = arguments.parse_among_words(argv)
+    refuse_address(given.out)
     if given.images > _MOST_IMAGES:
         raise UserError(f"--images {given.images}", "a picture has a row an image", f"use {_MOST_IMAGES} at most")
     config = _composed(words) if given.run is None else _frozen(given.run, words)

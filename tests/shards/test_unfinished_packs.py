@@ -207,6 +207,8 @@ ADDRESS = "s3://photos/new"
         ["shards", "export", "*.tar", "--dali", ADDRESS],
         ["shards", "stats", "*.tar", "--sheet", f"{ADDRESS}.png"],
         ["export", "--run", "run", "--out", f"{ADDRESS}.safetensors"],
+        ["evaluate", "knn", "--run", "run", "--train", "*.tar", "--val", "*.tar", "--picture", f"{ADDRESS}.png"],
+        ["preview", "data.shards=*.tar", "--out", f"{ADDRESS}.png"],
     ],
 )
 def test_nothing_is_written_to_an_address(
