@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -230,7 +231,7 @@ def agree_with_run(run_dir: str | Path, config: Mapping[str, Any], *, data: Mapp
 
 
 def check_can_run(run_dir: str | Path, config: Mapping[str, Any], *, take_over: bool = False) -> None:
-    """Whether a run could begin or go on in a folder, for those who start it later; nothing that is made here stays.
+    """Whether a run could begin or go on in a folder, for those who start it later; nothing is made.
 
     Args:
         run_dir: the folder.
@@ -241,7 +242,7 @@ def check_can_run(run_dir: str | Path, config: Mapping[str, Any], *, take_over: 
     """
     folder = _absolute(run_dir)
     _refuse_what_is_no_run(folder)
-    _unmake(_make(folder))
+    _probe(folder)
     if (taken := in_use(folder / _LOCK, take_over=take_over)) is not None:
         raise taken
     _agree(folder, frozen_config.contents(config), contents_later=True)
@@ -364,6 +365,15 @@ def _make(folder: Path) -> list[Path]:
         _unmake(missing)
         raise cannot_write(folder, error) from None
     return missing
+
+
+def _probe(folder: Path) -> None:
+    """Whether a folder could be made or written; itself it is not touched, since others may be making it just now."""
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=place))
+    except OSError as error:
+        raise cannot_write(folder, error) from None
 
 
 def _unmake(made: Sequence[Path]) -> None:

@@ -98,8 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell(sentence: str) -> None:
-    with contextlib.suppress(OSError):  # where nobody hears it, the exit code still tells
+    try:
         print(f"seer: {sentence}", file=sys.stderr, flush=True)
+    except OSError:  # nobody hears it: the exit code still tells, unless Python tries once more when it ends
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _mend_streams() -> None:
