@@ -8,7 +8,6 @@ output; 1, with a traceback, a bug.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib
 import io
