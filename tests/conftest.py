@@ -19,6 +19,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_shards(tmp_path_factory.mktemp("shards"))
 
 
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remote files are read in parts of 30,000 bytes."""
+    monkeypatch.setattr("seer.remote.PART", 30_000)
+
+
 @pytest.fixture(autouse=True)
 def _restored_environment() -> Iterator[None]:
     before = dict(os.environ)

@@ -22,8 +22,15 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 from seer import remote
 
+DATA = bytes(range(256)) * 400  # 102,400 bytes
+
 Fault = Callable[[str, int], str | None]
 """Path and number of the request for it, from 0, to what goes wrong: see `WebServer`."""
+
+
+def whole(url: str, *, size: int = len(DATA), patience: float = 20.0) -> bytes:
+    """A remote file, `DATA` unless its size is given, as the cache reads it."""
+    return b"".join(remote.pieces(url, size=size, patience=patience))
 
 
 class Answer(NamedTuple):

@@ -14,12 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from remote_servers import WebServer, s3_server, web_server
+from remote_servers import DATA, WebServer, s3_server, web_server, whole
 
 from seer import remote
 from seer.errors import UserError, shown
 
-DATA = bytes(range(256)) * 400  # 102,400 bytes
 SECRET = "CANARY"
 
 
@@ -33,15 +32,6 @@ def server(tmp_path: Path) -> Iterator[WebServer]:
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_PAUSE_SECONDS", 0.02)
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PART", 30_000)
-
-
-def whole(url: str, *, size: int = len(DATA), patience: float = 20.0) -> bytes:
-    return b"".join(remote.pieces(url, size=size, patience=patience))
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from remote_servers import GoogleServer, google_server
+from remote_servers import DATA, GoogleServer, google_server, whole
 
 from seer import remote
 from seer.errors import UserError
 
-DATA = bytes(range(256)) * 400  # 102,400 bytes
 URL = "gs://shards/web/b-0.tar"
 read_bytes = partial(remote.read_bytes, most=10**9)
 
@@ -38,15 +37,6 @@ def server(emulator: GoogleServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     emulator.fault = lambda path, number: None
     emulator.requests.clear()
     yield emulator
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PART", 30_000)
-
-
-def whole(url: str, *, size: int = len(DATA), patience: float = 20.0) -> bytes:
-    return b"".join(remote.pieces(url, size=size, patience=patience))
 
 
 @pytest.mark.usefixtures("small_parts")
